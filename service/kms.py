@@ -1,0 +1,1036 @@
+"""Every operation of the service, without HTTP. Start reading here.
+
+Each operation takes the same way: who and where the caller is stands in the `Ask`; `_permitted` finds the key in the
+caller's tenant, checks its state and asks the policy; the keystore acts in the HSM of the key's own region; `_recorded`
+commits the audit record, looks once more whether the key still may be used, and only then lets the answer out.
+Changes of keys and rules (`_control`) write a durable intent before they act; their outcome commits in one transaction
+with the change itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol, TypeVar
+
+from audit.log import Change, ChangeFailed, Log, Receipt
+from sqlalchemy import Connection
+
+import policy
+from audit import event
+from keystore import (
+    Envelope,
+    InvalidCiphertext,
+    Key,
+    KeyNotFound,
+    KeyState,
+    Keystore,
+    ListFilter,
+    NewKey,
+    Plan,
+    Purpose,
+    Sealed,
+    check_use,
+)
+from policy import Caller, Decision, InstallationFacts, KeyFacts, Policy, Resource, TenantFacts
+from service.outcome import (
+    DENIED,
+    FAILED,
+    Draining,
+    EtagMismatch,
+    IncorrectKey,
+    RequestInvalid,
+    TierNotMet,
+    outcome_of,
+)
+from service.rows import ApiToken, ApiTokens, NewToken
+from service.work import (
+    Checked,
+    Ciphertext,
+    DataKey,
+    Decrypt,
+    Encrypt,
+    Mac,
+    MakeDataKey,
+    Open,
+    Plaintext,
+    Rewrap,
+    Rewrapped,
+    Sign,
+    Signature,
+    Unwrap,
+    Use,
+    Verify,
+    VerifyMac,
+    Work,
+)
+
+T = TypeVar("T")
+W = TypeVar("W", bound=Work)
+Direction = Literal["protect", "process"]
+
+# What an action does with key material: K12 and the keystore's own check (policy.md 7).
+_DIRECTION: Final[Mapping[str, Direction]] = {
+    "encrypt": "protect",
+    "generateDataKey": "protect",
+    "sign": "protect",
+    "mac": "protect",
+    "decrypt": "process",
+    "unwrap": "process",
+    "verify": "process",
+    "verifyMac": "process",
+    "rewrap": "process",
+    "reEncrypt": "process",
+}
+NO_USE: Final = Use()
+_RELEASES: Final = frozenset({"decrypt", "unwrap", "reEncrypt"})
+
+
+class WouldAllow(Exception):
+    """A dry run came to its end: the operation would be allowed; nothing was done."""
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__("dry run")
+        self.decision = decision
+
+
+class Sealer(Protocol):
+    """What seals and opens envelopes: the keystore, or one batch of it that shares a derivation per key and salt."""
+
+    def seal(
+        self, key: Key, plaintext: bytes, context: Mapping[str, str], *, purpose: Purpose, version: int | None
+    ) -> Sealed: ...
+
+    def open(self, key: Key, envelope: Envelope, context: Mapping[str, str], *, purpose: Purpose) -> bytes: ...
+
+
+class Hsms(Protocol):
+    """How `Kms` runs a call that may reach an HSM: inline where that is quick, else on the HSM's own threads."""
+
+    def executor(self, region: str) -> Executor | None: ...
+
+
+@dataclass(slots=True)
+class Ask:
+    """One request as its protocol understood it, and what `Kms` tells back about it beside the answer."""
+
+    caller: Caller
+    request_id: str
+    arrived: int  # microseconds
+    client_request_id: str | None = None
+    trace: str | None = None
+    dry_run: bool = False
+    reason: str | None = None  # of a control-plane request
+    if_match: int | None = None
+    remember: Callable[[Connection, Any], None] | None = None  # stores an idempotent answer with the change
+    receipt: Receipt | None = None
+    decision_id: str | None = None
+    decision: Decision | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # of the last record, for the request log and metrics
+
+
+class _Entry:
+    """The record of one operation in the making."""
+
+    __slots__ = (
+        "ask",
+        "context",
+        "decision",
+        "facts",
+        "id",
+        "key",
+        "memo",
+        "op",
+        "refused",
+        "use",
+        "version",
+        "wanted",
+    )
+
+    def __init__(self, ask: Ask, op: str, *, use: Use = NO_USE, **facts: object) -> None:
+        self.ask, self.op, self.use, self.id = ask, op, use, str(uuid.uuid4())
+        self.facts: dict[str, Any] = {k: v for k, v in facts.items() if v is not None}
+        self.context: Mapping[str, str] | None = None
+        self.decision: Decision | None = None
+        self.memo: dict[policy.Request, Decision] | None = None
+        self.refused: tuple[str, str] | None = None  # (out, why) of a request refused before it reached `Kms`
+        self.key: Key | None = None
+        self.version: int | None = None
+        self.wanted: Direction | None = None
+
+    @classmethod
+    def of(cls, ask: Ask, work: Work, **facts: object) -> _Entry:
+        entry = cls(ask, work.op, use=work.use, in_len=work.size, **facts)
+        entry.context = work.context
+        return entry
+
+    def used(self, version: int, *, alg: str | None = None, out_len: int | None = None) -> None:
+        """Note what the HSM did."""
+        self.version = version
+        self.facts["kver"] = version
+        if alg is not None:
+            self.facts["alg"] = alg
+        if out_len is not None:
+            self.facts["out_len"] = out_len
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A batch item that its protocol refused: the code for its record, the error for its answer."""
+
+    why: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """What came of one item: a value or the error that stopped it, and its own receipt."""
+
+    value: Any
+    error: Exception | None
+    receipt: Receipt
+    decision_id: str
+    decision: Decision | None
+
+
+def request_hash(op: str, parameters: Mapping[str, object]) -> str:
+    """SHA-256 of the canonical control-plane request: what an intent or an approval refers to."""
+    text = json.dumps({"op": op, "parameters": parameters}, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Kms:
+    """The key service of one node and worker. All methods are safe to call from one event loop."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        region: str,
+        keystore: Keystore,
+        policy_now: Policy,
+        load_policy: Callable[[Policy], Policy],
+        log: Log,
+        tokens: ApiTokens,
+        hsms: Hsms,
+        clock: Callable[[], int],
+    ) -> None:
+        self.node, self.region = node, region
+        self.keystore, self.log, self.tokens = keystore, log, tokens
+        self.policy = policy_now
+        self._load_policy, self._hsms, self._clock = load_policy, hsms, clock
+        self.draining = False
+        self._secrets: dict[str, tuple[int, bytes]] = {}
+
+    # ---- data plane -------------------------------------------------------------------------------------------
+
+    async def encrypt(self, ask: Ask, work: Encrypt) -> Ciphertext:
+        """Encrypt at most 65,536 bytes under a key, bound to the context."""
+        return await self._do(ask, work, self._encrypt)
+
+    async def decrypt(self, ask: Ask, work: Decrypt) -> Plaintext:
+        """Open an envelope; every way in which it can be wrong is one InvalidCiphertext."""
+        return await self._do(ask, work, self._open)
+
+    async def unwrap_data_key(self, ask: Ask, work: Unwrap) -> Plaintext:
+        """Open a wrapped data key. Decrypt refuses these, and this refuses ordinary ciphertexts."""
+        return await self._do(ask, work, self._open)
+
+    async def rewrap(self, ask: Ask, work: Rewrap) -> Rewrapped:
+        """Move a ciphertext to the newest version, another key or another context; the plaintext stays inside."""
+        return await self._do(ask, work, self._rewrap)
+
+    async def data_key(self, ask: Ask, work: MakeDataKey) -> DataKey:
+        """Make a data key of 16 to 64 bytes, wrapped, and in clear only if asked for."""
+        return await self._do(ask, work, self._data_key)
+
+    async def sign(self, ask: Ask, work: Sign) -> Signature:
+        """Sign a message or a digest of exactly the algorithm's length."""
+        return await self._do(ask, work, self._sign)
+
+    async def verify(self, ask: Ask, work: Verify) -> Checked:
+        """Tell whether a signature is right; a wrong one is an answer, not an error."""
+        return await self._do(ask, work, self._verify)
+
+    async def mac(self, ask: Ask, work: Mac) -> Signature:
+        """HMAC of a message of at most 65,536 bytes."""
+        return await self._do(ask, work, self._mac)
+
+    async def verify_mac(self, ask: Ask, work: VerifyMac) -> Checked:
+        """Tell whether an HMAC is right, in time that does not depend on where it differs."""
+        return await self._do(ask, work, self._verify_mac)
+
+    async def batch(self, ask: Ask, op: str, items: Sequence[Work | Unusable]) -> tuple[str, list[ItemResult]]:
+        """Do up to 500 items: each is decided, done and recorded by itself; a bad one harms no other.
+
+        An item that its protocol could not use is recorded and answered like the rest.
+        """
+        self._accepting()
+        acts: dict[type[Work], Callable[[_Entry, Sealer, Any], Awaitable[Any]]] = {
+            Encrypt: self._encrypt,
+            Decrypt: self._open,
+            Unwrap: self._open,
+            Rewrap: self._rewrap,
+            MakeDataKey: self._data_key,
+            Sign: self._sign,
+            Verify: self._verify,
+            Mac: self._mac,
+            VerifyMac: self._verify_mac,
+        }
+        batch_id = str(uuid.uuid4())
+        memo: dict[policy.Request, Decision] = {}
+        done: list[tuple[_Entry, Any, Exception | None]] = []
+        with self.keystore.batch() as sealer:
+            for index, item in enumerate(items):
+                value: Any = None
+                error: Exception | None = None
+                if isinstance(item, Unusable):
+                    entry, error = _Entry(ask, op, batch=batch_id, bi=index), item.error
+                    entry.refused = (FAILED, item.why)
+                else:
+                    entry = _Entry.of(ask, item, batch=batch_id, bi=index)
+                    entry.memo = memo
+                    try:
+                        value = await acts[type(item)](entry, sealer, item)
+                        if ask.dry_run and entry.decision is not None:
+                            error = WouldAllow(entry.decision)
+                    except Exception as caught:  # it belongs to this item alone and stands in its record
+                        error = caught
+                done.append((entry, value, error))
+        receipts = await self.log.append_many([self._record(entry, error) for entry, _, error in done])
+        results = []
+        for (entry, value, error), receipt in zip(done, receipts, strict=True):
+            late = error if error is not None else await self._withhold(entry)
+            results.append(ItemResult(None if late is not None else value, late, receipt, entry.id, entry.decision))
+        ask.receipt = receipts[-1] if receipts else None
+        return batch_id, results
+
+    async def random(self, ask: Ask, length: int) -> bytes:
+        """Random bytes from the HSM of this node's region."""
+        async with self._recorded(_Entry(ask, "random", out_len=length)) as entry:
+            self._allowed(entry, "random", self._tenant_of(ask))
+            self._go(entry)
+            data: bytes = await self._at(self.region, lambda: self.keystore.random(self.region, length))
+            return data
+
+    async def public_key(self, ask: Ask, key: str, *, version: int | None = None) -> tuple[Key, int, bytes]:
+        """The public half of a signing key as SubjectPublicKeyInfo (DER)."""
+        async with self._recorded(_Entry(ask, "get_public_key")) as entry:
+            found = self._permitted(entry, "publicKey", key)
+            number = version or found.latest.number
+            spki = await self._inside(found, lambda: self.keystore.public_key(found, number))
+            entry.used(number)
+            return found, number, spki
+
+    # ---- the work itself, the same for single calls and batches -------------------------------------------------
+
+    async def _do(self, ask: Ask, work: W, act: Callable[[_Entry, Sealer, W], Awaitable[T]]) -> T:
+        async with self._recorded(_Entry.of(ask, work)) as entry:
+            return await act(entry, self.keystore, work)
+
+    async def _encrypt(self, entry: _Entry, sealer: Sealer, work: Encrypt) -> Ciphertext:
+        found = self._permitted(entry, "encrypt", work.key, version=work.version)
+        self._go(entry)
+        return await self._sealed(entry, sealer, found, work.plaintext, work.context, Purpose.ENCRYPT, work.version)
+
+    async def _open(self, entry: _Entry, sealer: Sealer, work: Open) -> Plaintext:
+        envelope, found = self._named_by(entry, work.envelope, work.expect_key)
+        action, purpose = ("decrypt", Purpose.ENCRYPT) if isinstance(work, Decrypt) else ("unwrap", Purpose.DATAKEY)
+        self._permit(entry, action, found, version=envelope.version)
+        self._go(entry)
+        data = await self._inside(found, lambda: sealer.open(found, envelope, work.context, purpose=purpose))
+        entry.used(envelope.version, alg=f"0x{envelope.suite:04x}", out_len=len(data))
+        return Plaintext(found, envelope.version, data)
+
+    async def _rewrap(self, entry: _Entry, sealer: Sealer, work: Rewrap) -> Rewrapped:
+        envelope, source = self._named_by(entry, work.envelope, None)
+        target = source
+        if work.to_key is not None:
+            target = self.keystore.find(self._tenant(entry.ask), work.to_key)
+        if target.id == source.id:
+            self._permit(entry, "rewrap", source, version=envelope.version)
+            check_use(target, target.latest.number, "protect")
+        else:
+            # Whoever may use the other key can read this: two keys, two decisions, both must allow (policy.md 3).
+            self._permit(entry, "encrypt", target)
+            self._permit(entry, "reEncrypt", source, version=envelope.version, target=target.residency | target.reach)
+        self._go(entry)
+        purpose = envelope.purpose
+        data = await self._inside(source, lambda: sealer.open(source, envelope, work.context, purpose=purpose))
+        context = work.context if work.to_context is None else work.to_context
+        made = await self._sealed(entry, sealer, target, data, context, purpose, None)
+        entry.facts["kver"] = envelope.version
+        return Rewrapped(source, envelope.version, made)
+
+    async def _data_key(self, entry: _Entry, sealer: Sealer, work: MakeDataKey) -> DataKey:
+        found = self._permitted(entry, "generateDataKey", work.key)
+        self._go(entry)
+        data: bytes = await self._inside(found, lambda: self.keystore.random(found.home, work.length))
+        made = await self._sealed(entry, sealer, found, data, work.context, Purpose.DATAKEY, None)
+        return DataKey(found, made.version, made.envelope, data if work.with_plaintext else None)
+
+    async def _sealed(
+        self,
+        entry: _Entry,
+        sealer: Sealer,
+        key: Key,
+        data: bytes,
+        context: Mapping[str, str],
+        purpose: Purpose,
+        version: int | None,
+    ) -> Ciphertext:
+        made = await self._inside(key, lambda: sealer.seal(key, data, context, purpose=purpose, version=version))
+        entry.used(made.version, alg=f"0x{made.suite:04x}", out_len=len(made.ciphertext))
+        return Ciphertext(key, made.version, made.suite, made.ciphertext)
+
+    async def _sign(self, entry: _Entry, _: Sealer, work: Sign) -> Signature:
+        found = self._permitted(entry, "sign", work.key)
+        self._go(entry)
+        value, number = await self._inside(
+            found,
+            lambda: self.keystore.sign(found, work.algorithm, message=work.message, digest=work.digest, form=work.form),
+        )
+        entry.used(number, alg=work.algorithm, out_len=len(value))
+        return Signature(found, number, value)
+
+    async def _verify(self, entry: _Entry, _: Sealer, work: Verify) -> Checked:
+        found = self._permitted(entry, "verify", work.key, version=work.version)
+        self._go(entry)
+        number = work.version or found.latest.number
+        valid = await self._inside(
+            found,
+            lambda: self.keystore.verify(
+                found,
+                work.signature,
+                work.algorithm,
+                message=work.message,
+                digest=work.digest,
+                form=work.form,
+                version=number,
+            ),
+        )
+        entry.used(number, alg=work.algorithm)
+        return Checked(found, number, valid)
+
+    async def _mac(self, entry: _Entry, _: Sealer, work: Mac) -> Signature:
+        found = self._permitted(entry, "mac", work.key)
+        self._go(entry)
+        value, number = await self._inside(found, lambda: self.keystore.mac(found, work.message, work.algorithm))
+        entry.used(number, alg=work.algorithm, out_len=len(value))
+        return Signature(found, number, value)
+
+    async def _verify_mac(self, entry: _Entry, _: Sealer, work: VerifyMac) -> Checked:
+        found = self._permitted(entry, "verifyMac", work.key, version=work.version)
+        self._go(entry)
+        number = work.version or found.latest.number
+        valid = await self._inside(
+            found,
+            lambda: self.keystore.verify_mac(found, work.message, work.mac, work.algorithm, version=number),
+        )
+        entry.used(number, alg=work.algorithm)
+        return Checked(found, number, valid)
+
+    def _named_by(self, entry: _Entry, ciphertext: bytes, expect_key: str | None) -> tuple[Envelope, Key]:
+        """The envelope's own key, if it is the caller's; a foreign or unknown key is an invalid ciphertext."""
+        envelope = Envelope.parse(ciphertext)
+        try:
+            found = self.keystore.by_id(envelope.key_id)
+        except KeyNotFound:
+            raise InvalidCiphertext from None
+        if found.tenant != self._tenant(entry.ask) or envelope.version > found.latest.number:
+            raise InvalidCiphertext
+        if expect_key is not None and self.keystore.find(found.tenant, expect_key).id != found.id:
+            raise IncorrectKey
+        return envelope, found
+
+    # ---- keys: reading -----------------------------------------------------------------------------------------
+
+    async def get_key(self, ask: Ask, key: str) -> Key:
+        """A key's metadata and versions; never material."""
+        async with self._recorded(_Entry(ask, "get_key")) as entry:
+            return self._permitted(entry, "describe", key)
+
+    async def list_keys(self, ask: Ask, wanted: ListFilter, *, after: uuid.UUID | None, limit: int) -> list[Key]:
+        """The tenant's keys in the order of their ids."""
+        async with self._recorded(_Entry(ask, "list_keys")) as entry:
+            self._allowed(entry, "listKeys", self._tenant_of(ask))
+            return self.keystore.list(self._tenant(ask), filters=wanted, after=after, limit=limit)
+
+    async def list_aliases(self, ask: Ask, *, after: str | None, limit: int) -> list[tuple[str, uuid.UUID]]:
+        """The tenant's aliases and the keys they point to."""
+        async with self._recorded(_Entry(ask, "list_aliases")) as entry:
+            self._allowed(entry, "listKeys", self._tenant_of(ask))
+            return self.keystore.aliases(self._tenant(ask), after=after, limit=limit)
+
+    # ---- keys: changing ----------------------------------------------------------------------------------------
+
+    async def create_key(self, ask: Ask, new: NewKey, *, alias: str | None) -> Key:
+        """Make a key in the HSM of its home region, if it meets its tier and the token can hold it."""
+
+        def decide(entry: _Entry) -> NewKey:
+            self._allowed(entry, "createKey", self._tenant_of(ask))
+            missing = self.policy.registry.check_key(**_bar(new))
+            if missing:
+                raise TierNotMet(list(missing))
+            self.keystore.supports(new)
+            return new
+
+        parameters = {"alias": alias, **new.parameters()}
+        plan = await self._control(
+            ask,
+            "create_key",
+            parameters,
+            decide,
+            lambda wanted: self.keystore.plan_create(wanted, alias=alias),
+            region=new.home,
+        )
+        return _planned(plan)
+
+    async def rotate_key(self, ask: Ask, key: str) -> Key:
+        """Make a new version; older ones go on opening what they protected."""
+        return await self._change_key(ask, "rotate_key", "rotate", key, self.keystore.plan_rotate)
+
+    async def enable_key(self, ask: Ask, key: str) -> Key:
+        """Put a disabled key back into use."""
+        return await self._change_key(
+            ask, "enable_key", "enable", key, lambda k: self.keystore.plan_transition(k, KeyState.ACTIVE)
+        )
+
+    async def disable_key(self, ask: Ask, key: str) -> Key:
+        """Stop every use of a key at once; its handles leave the HSM cache."""
+        return await self._change_key(
+            ask, "disable_key", "suspend", key, lambda k: self.keystore.plan_transition(k, KeyState.SUSPENDED)
+        )
+
+    async def mark_compromised(self, ask: Ask, key: str) -> Key:
+        """Mark a key compromised, for ever."""
+        return await self._change_key(
+            ask,
+            "compromise_key",
+            "revoke",
+            key,
+            lambda k: self.keystore.plan_transition(k, KeyState.COMPROMISED),
+        )
+
+    async def schedule_deletion(self, ask: Ask, key: str, wait_s: int) -> Key:
+        """Stop a key now and destroy it after 7 to 90 days, unless that is cancelled."""
+        return await self._change_key(
+            ask,
+            "schedule_deletion",
+            "scheduleDeletion",
+            key,
+            lambda k: self.keystore.plan_schedule_deletion(k, wait_s=wait_s),
+            {"wait_s": wait_s},
+        )
+
+    async def cancel_deletion(self, ask: Ask, key: str) -> Key:
+        """Take a scheduled deletion back; the key is disabled then (or compromised again)."""
+        return await self._change_key(ask, "cancel_deletion", "cancelDeletion", key, self.keystore.plan_cancel_deletion)
+
+    async def complete_deletion(self, ask: Ask, key: str) -> Key:
+        """Destroy every copy of a key whose waiting time is over. The scheduler's alone."""
+        return await self._change_key(ask, "complete_deletion", "completeDeletion", key, self.keystore.plan_destroy)
+
+    async def update_key(self, ask: Ask, key: str, changes: Mapping[str, object], apply: Callable[[Key], Plan]) -> Key:
+        """Change description, tags, rotation or fences."""
+        return await self._change_key(ask, "update_key", "updateKey", key, apply, changes)
+
+    async def revoke_version(self, ask: Ask, key: str, version: int) -> Key:
+        """Take one version out of use; opening what it protected is refused from now on."""
+        return await self._change_key(
+            ask,
+            "revoke_version",
+            "revokeVersion",
+            key,
+            lambda k: self.keystore.plan_revoke_version(k, version),
+            {"version": version},
+        )
+
+    async def put_alias(self, ask: Ask, alias: str, key: str) -> Key:
+        """Point an alias to a key, at once for every worker; also if it pointed elsewhere before."""
+        return await self._change_key(
+            ask,
+            "put_alias",
+            "setAlias",
+            key,
+            lambda k: self.keystore.plan_put_alias(k.tenant, alias, k),
+            {"alias": alias},
+        )
+
+    async def delete_alias(self, ask: Ask, alias: str) -> None:
+        """Remove an alias; the key stays."""
+        await self._change_key(
+            ask,
+            "delete_alias",
+            "setAlias",
+            f"alias/{alias}",
+            lambda k: self.keystore.plan_delete_alias(k.tenant, alias),
+            {"alias": alias},
+        )
+
+    async def _change_key(
+        self,
+        ask: Ask,
+        op: str,
+        action: str,
+        key: str,
+        plan: Callable[[Key], Plan],
+        parameters: Mapping[str, object] | None = None,
+    ) -> Key:
+        def decide(entry: _Entry) -> Key:
+            found = self._permitted(entry, action, key)
+            if ask.if_match is not None and ask.if_match != found.kv:
+                raise EtagMismatch(f"key {found.id} is at {found.kv}")
+            return found
+
+        made = await self._control(ask, op, {"key": key, **(parameters or {})}, decide, plan)
+        return _planned(made)
+
+    # ---- tenants, regions, HSMs, policy, tokens, audit ------------------------------------------------------------
+
+    async def list_tenants(self, ask: Ask) -> list[dict[str, object]]:
+        """The tenants of the charter: all for the platform role, its own for everyone else."""
+        async with self._recorded(_Entry(ask, "list_tenants")) as entry:
+            self._allowed(entry, "listTenants", InstallationFacts())
+            own = ask.caller.tenant
+            return [t for t in self.policy.registry.describe_tenants() if own is None or t["name"] == own]
+
+    async def list_regions(self, ask: Ask) -> list[dict[str, object]]:
+        """The places of the charter, and which of them have an HSM here."""
+        async with self._recorded(_Entry(ask, "list_regions")) as entry:
+            self._allowed(entry, "listRegions", InstallationFacts())
+            here = self.keystore.regions
+            return [{**p, "hsm": p["name"] in here} for p in self.policy.registry.describe_places()]
+
+    async def list_hsms(self, ask: Ask) -> list[Any]:
+        """The state of every HSM of this node."""
+        async with self._recorded(_Entry(ask, "list_hsms")) as entry:
+            self._allowed(entry, "hsmStatus", InstallationFacts())
+            return self.keystore.hsm_status()
+
+    async def get_policy(self, ask: Ask) -> Policy:
+        """The policy in force."""
+        async with self._recorded(_Entry(ask, "get_policy")) as entry:
+            self._allowed(entry, "readPolicy", InstallationFacts())
+            return self.policy
+
+    async def reload_policy(self, ask: Ask) -> Policy:
+        """Load the bundle from its directory; the old one stays in force if anything is wrong with the new."""
+
+        def decide(entry: _Entry) -> Policy:
+            self._allowed(entry, "reloadPolicy", InstallationFacts())
+            return self.policy
+
+        def plan(old: Policy) -> Plan:
+            new = self._load_policy(old)
+
+            def applied() -> None:
+                self.policy = new
+
+            return Plan(key=None, write=lambda _: None, applied=applied)
+
+        await self._control(ask, "reload_policy", {}, decide, plan)
+        await self.note("bundle_active")
+        return self.policy
+
+    async def note(self, op: str) -> None:
+        """Record an event of the node itself: start, stop, a new bundle."""
+        await self.log.append(
+            event.Admin(id=str(uuid.uuid4()), ts=self._clock(), node=self.node, op=op, pol=self.policy.digest[:32])
+        )
+
+    async def create_token(self, ask: Ask, new: NewToken) -> tuple[ApiToken, str]:
+        """Make an API token of the caller's own tenant and role; its secret is shown this once."""
+        secret: list[str] = []
+
+        def decide(entry: _Entry) -> NewToken:
+            self._allowed(entry, "createToken", self._tenant_of(ask))
+            return new
+
+        made: list[ApiToken] = []
+
+        def plan(wanted: NewToken) -> Plan:
+            token, text, write = self.tokens.plan_create(wanted)
+            made.append(token)
+            secret.append(text)
+            return Plan(key=None, write=write, applied=lambda: None)
+
+        await self._control(ask, "create_token", {"scopes": sorted(new.scopes)}, decide, plan)
+        return made[0], secret[0]
+
+    async def list_tokens(self, ask: Ask) -> list[ApiToken]:
+        """The tenant's tokens without their secrets."""
+        async with self._recorded(_Entry(ask, "list_tokens")) as entry:
+            self._allowed(entry, "createToken", self._tenant_of(ask))
+            return self.tokens.list(self._tenant(ask))
+
+    async def revoke_token(self, ask: Ask, token_id: str) -> None:
+        """Revoke a token; every worker refuses it within a second."""
+
+        def decide(entry: _Entry) -> str:
+            self._allowed(entry, "createToken", self._tenant_of(ask))
+            return token_id
+
+        def plan(wanted: str) -> Plan:
+            write = self.tokens.plan_revoke(self._tenant(ask), wanted)
+            return Plan(key=None, write=write, applied=lambda: self.tokens.forget(wanted))
+
+        await self._control(ask, "revoke_token", {"token": token_id}, decide, plan)
+
+    async def search_records(self, ask: Ask, **wanted: Any) -> list[Any]:
+        """Audit records, newest first: a tenant's own, or all for an auditor of the installation."""
+        async with self._recorded(_Entry(ask, "search_records")) as entry:
+            if ask.caller.tenant is None:
+                self._allowed(entry, "readAllAudit", InstallationFacts())
+            else:
+                self._allowed(entry, "readAudit", self._tenant_of(ask))
+            return await asyncio.to_thread(self.log.records, tenant=ask.caller.tenant, **wanted)
+
+    async def audit_status(self, ask: Ask) -> dict[str, object]:
+        """State of this worker's chain."""
+        async with self._recorded(_Entry(ask, "audit_status")) as entry:
+            if ask.caller.tenant is None:
+                self._allowed(entry, "readAllAudit", InstallationFacts())
+            else:
+                self._allowed(entry, "readAudit", self._tenant_of(ask))
+            return {
+                "log": self.log.name,
+                "state": self.log.state,
+                "epoch": self.log.epoch,
+                "next_seq": self.log.next_seq,
+                "waiting": self.log.waiting,
+                "public_key": self.log.public_key().hex(),
+            }
+
+    async def whoami(self, ask: Ask) -> Caller:
+        """What the service makes of the caller's credential."""
+        async with self._recorded(_Entry(ask, "whoami")):
+            return ask.caller
+
+    async def metrics_allowed(self, ask: Ask) -> None:
+        """Whether the caller may read metrics."""
+        async with self._recorded(_Entry(ask, "metrics")) as entry:
+            self._allowed(entry, "metrics", InstallationFacts())
+
+    async def refused(self, ask: Ask, op: str, out: str, why: str) -> None:
+        """Record a request that was refused before its operation began: malformed, invalid, too large."""
+        entry = _Entry(ask, op)
+        ask.decision_id = entry.id
+        ask.receipt = await self.log.append(self._record(entry, None, refused=(out, why)))
+
+    async def unidentified(self, *, source: str, request_id: str, arrived: int, why: str) -> Receipt:
+        """Record a request whose caller or route is unknown."""
+        record = event.Auth(
+            id=str(uuid.uuid4()), ts=arrived, node=self.node, src=source or None, req=request_id, why=why
+        )
+        return await self.log.append(record)
+
+    # ---- decide, act, record -----------------------------------------------------------------------------------
+
+    def _tenant(self, ask: Ask) -> str:
+        if ask.caller.tenant is None:
+            raise KeyNotFound("the installation's own roles have no keys")
+        return ask.caller.tenant
+
+    def _tenant_of(self, ask: Ask) -> Resource:
+        return TenantFacts(ask.caller.tenant) if ask.caller.tenant is not None else InstallationFacts()
+
+    def _permitted(self, entry: _Entry, action: str, name: str, *, version: int | None = None) -> Key:
+        """The caller's key of this name, if policy and state allow `action` with it; raises otherwise."""
+        found = self.keystore.find(self._tenant(entry.ask), name)
+        self._permit(entry, action, found, version=version)
+        return found
+
+    def _permit(
+        self,
+        entry: _Entry,
+        action: str,
+        key: Key,
+        *,
+        version: int | None = None,
+        target: frozenset[str] = frozenset(),
+    ) -> None:
+        number = version or key.latest.number
+        entry.key = key
+        entry.facts |= {"key": str(key.id), "kv": key.kv, "tier": key.tier, "region": key.home}
+        entry.wanted = _DIRECTION.get(action)
+        if entry.wanted is not None:
+            entry.version = number
+            check_use(key, number, entry.wanted)
+        releases = action in _RELEASES
+        self._decide(
+            entry,
+            policy.Request(
+                caller=entry.ask.caller,
+                action=action,
+                resource=_facts(key, number),
+                now=self._clock() // 1_000_000,
+                hsm=key.home,
+                via=frozenset({self.region}),
+                dest=self._destination(entry) if releases else frozenset(),
+                target=target,
+                purpose=self._purpose(entry.use, key),
+                reason=self._reason(entry),
+            ),
+        )
+
+    def _allowed(self, entry: _Entry, action: str, resource: Resource) -> None:
+        """Ask the policy about something that is not a key."""
+        self._decide(
+            entry,
+            policy.Request(
+                caller=entry.ask.caller,
+                action=action,
+                resource=resource,
+                now=self._clock() // 1_000_000,
+                hsm=self.region,
+                via=frozenset({self.region}),
+                reason=self._reason(entry),
+            ),
+        )
+
+    def _decide(self, entry: _Entry, request: policy.Request) -> None:
+        # Within one batch the same question has the same answer.
+        decision = entry.memo.get(request) if entry.memo is not None else None
+        if decision is None:
+            decision = self.policy.decide(request)
+            if entry.memo is not None:
+                entry.memo[request] = decision
+        entry.decision = entry.ask.decision = decision
+        entry.facts["pol"] = decision.digest[:32]
+        if decision.rules:
+            entry.facts["rule"] = list(decision.rules[:8])
+        if not decision.allowed:
+            raise policy.Denied(decision)
+
+    def _purpose(self, use: Use, key: Key) -> str:
+        if use.purpose is not None:
+            return use.purpose
+        return key.purposes[0] if len(key.purposes) == 1 else ""
+
+    def _reason(self, entry: _Entry) -> str:
+        given = entry.use.reason or entry.ask.reason
+        if given is not None:
+            return given
+        caller = entry.ask.caller
+        tenant = self.policy.registry.tenant(caller.tenant) if caller.tenant is not None else None
+        return tenant.default_reason if tenant is not None else "unspecified"
+
+    def _destination(self, entry: _Entry) -> frozenset[str]:
+        # What the request declares can only widen where the plaintext may go, never narrow it (policy.md 4).
+        return entry.ask.caller.places | self.policy.registry.expand(entry.use.destination)
+
+    async def _inside(self, key: Key, call: Callable[[], T]) -> T:
+        return await self._at(key.home, call)
+
+    async def _at(self, region: str, call: Callable[[], T]) -> T:
+        executor = self._hsms.executor(region)
+        if executor is None:
+            return call()
+        return await asyncio.get_running_loop().run_in_executor(executor, call)
+
+    def _accepting(self) -> None:
+        if self.draining:
+            raise Draining("this node is shutting down")
+
+    def _go(self, entry: _Entry) -> None:
+        """The end of a dry run: everything was decided, nothing was done."""
+        if entry.ask.dry_run and entry.decision is not None:
+            raise WouldAllow(entry.decision)
+
+    @asynccontextmanager
+    async def _recorded(self, entry: _Entry) -> AsyncIterator[_Entry]:
+        """Commit one record of what the block did, whatever came of it; only then does its result get out."""
+        ask = entry.ask
+        ask.decision_id = entry.id
+        try:
+            self._accepting()
+            yield entry
+            self._go(entry)
+        except Exception as error:
+            ask.receipt = await self.log.append(self._record(entry, error))
+            raise
+        ask.receipt = await self.log.append(self._record(entry, None))
+        late = await self._withhold(entry)
+        if late is not None:
+            raise late
+
+    async def _withhold(self, entry: _Entry) -> Exception | None:
+        """The reason not to release a recorded result: the key was stopped while the record became durable."""
+        if entry.key is None or entry.wanted is None or self.keystore.current(entry.key):
+            return None
+        try:
+            fresh = self.keystore.by_id(entry.key.id)
+            check_use(fresh, entry.version or fresh.latest.number, entry.wanted)
+        except Exception as error:  # stopped, destroyed, fenced or unknown now: all the same to the result
+            await self.log.append(
+                event.Withheld(
+                    id=str(uuid.uuid4()),
+                    ts=self._clock(),
+                    node=self.node,
+                    tenant=entry.ask.caller.tenant,
+                    intent=entry.id,
+                    why=outcome_of(error)[1],
+                )
+            )
+            return error
+        return None
+
+    async def _control(
+        self,
+        ask: Ask,
+        op: str,
+        parameters: Mapping[str, object],
+        decide: Callable[[_Entry], T],
+        plan: Callable[[T], Plan],
+        *,
+        region: str | None = None,
+    ) -> Plan:
+        """Decide; make the intent durable; act; commit outcome and change in one transaction."""
+        entry = _Entry(ask, op, rh=request_hash(op, parameters))
+        ask.decision_id = entry.id
+        try:
+            self._accepting()
+            subject = decide(entry)
+            if ask.dry_run and entry.decision is not None:
+                raise WouldAllow(entry.decision)
+        except Exception as error:
+            ask.receipt = await self.log.append(self._record(entry, error))
+            raise
+        await self.log.append(self._record(entry, None, kind=event.Intent))
+        done = _Entry(ask, op, **{**entry.facts, "intent": entry.id})
+        done.key, done.decision = entry.key, entry.decision
+        home = region or (entry.key.home if entry.key is not None else self.region)
+        try:
+            made = await self._at(home, lambda: plan(subject))
+        except Exception as error:
+            ask.receipt = await self.log.append(self._record(done, error, kind=event.Outcome))
+            raise
+        await self._commit(ask, done, made)
+        return made
+
+    async def _commit(self, ask: Ask, done: _Entry, made: Plan) -> None:
+        def write(connection: Connection) -> None:
+            made.write(connection)
+            if ask.remember is not None:
+                ask.remember(connection, made.key)
+
+        if made.key is not None:
+            done.facts |= {
+                "key": str(made.key.id),
+                "kv": made.key.kv,
+                "tier": made.key.tier,
+                "region": made.key.home,
+            }
+        try:
+            ask.receipt = await self.log.append(
+                self._record(done, None, kind=event.Outcome), change=Change(write, made.applied)
+            )
+        except ChangeFailed as failed:
+            ask.receipt = failed.receipt
+            if isinstance(failed.__cause__, Exception):
+                raise failed.__cause__ from failed
+            raise
+
+    def _record(self, entry: _Entry, error: Exception | None, *, kind: type[Any] = event.Op) -> Any:
+        ask, caller, now = entry.ask, entry.ask.caller, self._clock()
+        out, why = ("ok", None) if error is None or isinstance(error, WouldAllow) else outcome_of(error)
+        if entry.refused is not None:
+            out, why = entry.refused
+        facts = dict(entry.facts)
+        if entry.context and caller.tenant is not None and caller.tenant in self._secrets:
+            generation, secret = self._secrets[caller.tenant]
+            facts["ctx"] = event.hash_context(secret, generation, entry.context)
+        if why is not None:
+            facts |= {"why": why}
+        if entry.decision is not None and out == DENIED and not entry.decision.rules:
+            facts["rule"] = ["DEFAULT"]
+        if len(caller.places) == 1:
+            facts["creg"] = next(iter(caller.places))
+        ask.facts = {
+            "op": entry.op,
+            "out": out,
+            "why": why,
+            "key": facts.get("key"),
+            "rule": facts.get("rule"),
+        }
+        return kind(
+            id=entry.id,
+            ts=ask.arrived,
+            node=self.node,
+            tenant=caller.tenant,
+            actor=event.actor_field(caller.id),
+            authn=caller.authn,
+            src=caller.source or None,
+            req=ask.request_id,
+            creq=ask.client_request_id,
+            trace=ask.trace,
+            op=entry.op,
+            out=out,
+            dry=True if ask.dry_run else None,
+            reason=entry.use.reason or ask.reason,
+            ev=caller.evidence.hex() or None,
+            us=max(0, now - ask.arrived),
+            **facts,
+        )
+
+    def places(self, pointer: str, names: Sequence[str]) -> frozenset[str]:
+        """The regions that names of places, jurisdictions or groups stand for; RequestInvalid names the field."""
+        try:
+            return self.policy.registry.expand(names)
+        except policy.UnknownPlace:
+            raise RequestInvalid((pointer, "unknown_place", "name places of the charter: GET /v1/regions")) from None
+
+    def tier_missing(self, key: Key) -> list[str]:
+        """What a key lacks to meet its tier; empty if it meets it."""
+        return list(self.policy.registry.check_key(**_bar(key)))
+
+    async def load_tenant_secrets(self) -> None:
+        """Have every tenant's audit key at hand before the first request, so that recording calls no HSM."""
+        for name in self.policy.registry.tenant_names():
+            known = self.keystore.has_tenant_secret(name)
+            self._secrets[name] = await self._at(self.region, lambda n=name: self.keystore.tenant_secret(n))  # type: ignore[misc]
+            if not known:
+                await self.note("tenant_audit_key")
+
+
+def _planned(plan: Plan) -> Key:
+    if plan.key is None:
+        raise RuntimeError("this plan concerns no key")
+    return plan.key
+
+
+def _bar(key: Key | NewKey) -> dict[str, Any]:
+    """What the tier's minimum bar looks at."""
+    return {
+        name: getattr(key, name)
+        for name in ("tenant", "tier", "home", "residency", "execution", "reach", "egress", "failover")
+    }
+
+
+def _facts(key: Key, version: int) -> KeyFacts:
+    """A key as the policy sees it: the stricter of the states of key and version counts."""
+    state = key.state
+    if state is KeyState.ACTIVE and 1 <= version <= len(key.versions):
+        state = key.version(version).state
+    if key.delete_at is not None and state is not KeyState.COMPROMISED:
+        state = KeyState.SUSPENDED
+    return KeyFacts(
+        id=str(key.id),
+        tenant=key.tenant,
+        tier=key.tier,
+        residency=key.residency,
+        execution=key.execution,
+        reach=key.reach,
+        egress=key.egress,
+        failover=key.failover,
+        shared_with=key.shared_with,
+        purposes=key.purposes,
+        state=str(state),
+    )

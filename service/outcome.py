@@ -1,0 +1,120 @@
+"""What an exception means for the caller: one code per exception, in the words of the API's error table.
+
+The code stands in the audit record (`why`) and in the answer of every protocol; each protocol adds its own wire shape.
+An exception without a row is `internal`: it says nothing to the caller and everything to the log.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import audit.log
+
+import keystore
+import policy
+
+
+class NotFound(Exception):
+    """No such thing for this caller; a foreign one gives the same answer as none."""
+
+
+class RequestInvalid(Exception):
+    """A field of a well-formed request cannot be accepted. `errors` are (JSON pointer, code, detail), never values."""
+
+    def __init__(self, *errors: tuple[str, str, str]) -> None:
+        super().__init__(", ".join(f"{pointer}: {code}" for pointer, code, _ in errors))
+        self.errors = errors
+
+
+class IncorrectKey(Exception):
+    """The ciphertext belongs to another key than `expect_key` names."""
+
+
+class EtagMismatch(Exception):
+    """The key changed since the caller read it."""
+
+
+class EtagMissing(Exception):
+    """A change of a key needs `If-Match`."""
+
+
+class TierNotMet(Exception):
+    """The key would not meet its tier; `missing` names each unmet condition."""
+
+    def __init__(self, missing: list[str]) -> None:
+        super().__init__("tier not met: " + ", ".join(missing))
+        self.missing = missing
+
+
+class Draining(Exception):
+    """The node is shutting down and takes no new work."""
+
+
+class BundleNotLoaded(Exception):
+    """The policy bundle was refused; the old one stays in force."""
+
+    def __init__(self, file: str, line: int, reason: str) -> None:
+        super().__init__(f"{file}:{line}: {reason}")
+        self.file, self.line, self.reason = file, line, reason
+
+
+class Withheld(Exception):
+    """The key or a rule changed while the operation ran: the result was wiped and is not released."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(state)
+        self.state = state
+
+
+class PageTokenInvalid(Exception):
+    """The page token is not one of ours, or belongs to another tenant or filter."""
+
+
+DENIED: Final = "denied"  # identity, policy or state said no
+FAILED: Final = "failed"  # the caller's input is wrong
+ERROR: Final = "error"  # our side could not do it
+
+OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
+    keystore.KeyNotFound: (DENIED, "not_found"),
+    NotFound: (DENIED, "not_found"),
+    keystore.KeyDestroyed: (DENIED, "key_destroyed"),
+    keystore.WrongState: (DENIED, "key_state_invalid"),
+    Withheld: (DENIED, "key_state_invalid"),
+    keystore.VersionFenced: (DENIED, "version_fenced"),
+    keystore.StaleKey: (FAILED, "etag_mismatch"),
+    EtagMismatch: (FAILED, "etag_mismatch"),
+    EtagMissing: (FAILED, "if_match_required"),
+    keystore.AliasInUse: (FAILED, "alias_in_use"),
+    keystore.InvalidCiphertext: (FAILED, "invalid_ciphertext"),
+    IncorrectKey: (FAILED, "incorrect_key"),
+    keystore.ContextRefused: (FAILED, "validation_failed"),
+    keystore.InputRefused: (FAILED, "validation_failed"),
+    RequestInvalid: (FAILED, "validation_failed"),
+    keystore.UsageMismatch: (FAILED, "key_usage_invalid"),
+    keystore.UnsupportedByHsm: (FAILED, "algorithm_not_supported_by_hsm"),
+    PageTokenInvalid: (FAILED, "page_token_invalid"),
+    TierNotMet: (DENIED, "tier_not_met"),
+    BundleNotLoaded: (FAILED, "validation_failed"),
+    policy.UnknownPlace: (FAILED, "validation_failed"),
+    keystore.HsmTimeout: (ERROR, "hsm_timeout"),
+    keystore.HsmUnavailable: (ERROR, "hsm_unavailable"),
+    keystore.HsmFault: (ERROR, "hsm_error"),
+    keystore.RowDamaged: (ERROR, "internal"),
+    keystore.SelfTestFailed: (ERROR, "hsm_unavailable"),
+    keystore.KeyLimitReached: (DENIED, "quota_exceeded"),
+    Draining: (ERROR, "draining"),
+    audit.log.Unavailable: (ERROR, "audit_unavailable"),
+    audit.log.Fenced: (ERROR, "audit_unavailable"),
+}
+
+
+def outcome_of(error: BaseException) -> tuple[str, str]:
+    """(`out`, `code`) of an exception, by its nearest class; ("error", "internal") for one nobody expected."""
+    if isinstance(error, policy.Denied):
+        return DENIED, error.decision.code
+    if isinstance(error, audit.log.ChangeFailed) and error.__cause__ is not None:
+        return outcome_of(error.__cause__)
+    for kind in type(error).__mro__:
+        if kind in OUTCOMES:
+            return OUTCOMES[kind]
+    return ERROR, "internal"

@@ -1,0 +1,1000 @@
+"""The native REST API, `/v1`: a table of routes, and one ASGI application that serves them all.
+
+`ROUTES` is the API: `make openapi` writes `openapi.yaml` from it, and the same table dispatches. A request is
+authenticated before its body is read, its body is bounded while it is read and parsed strictly, and every way out
+leads through an audit record.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+import msgspec
+from audit.log import Unavailable
+from cryptography.hazmat.primitives import serialization
+from starlette.types import Receive, Scope, Send
+
+import policy
+from keystore import Key, KeySpec, KeyUsage, ListFilter, NewKey, Rotation
+from policy import Caller
+from service.health import Health
+from service.identity import Authenticator, Unidentified
+from service.kms import Ask, ItemResult, Kms, Unusable, WouldAllow
+from service.outcome import EtagMismatch, EtagMissing, NotFound, PageTokenInvalid, RequestInvalid
+from service.protocols import wire
+from service.protocols.dataplane import PLANES, Plane
+from service.protocols.jwk import jwk
+from service.protocols.problems import (
+    DeletionIsScheduled,
+    Disconnected,
+    IdempotencyInProgress,
+    IdempotencyKeyMissing,
+    IdempotencyKeyReused,
+    MethodNotAllowed,
+    PayloadTooLarge,
+    Problem,
+    UnsupportedMediaType,
+    meaning,
+    problem_of,
+)
+from service.protocols.strict_json import Invalid, Malformed, convert, loads
+from service.requests import Observer, uuid7
+from service.rows import Idempotency, InProgress, NewToken, Replay, Reused
+from service.work import Work
+
+JSON: Final = "application/json"
+PROBLEM_JSON: Final = "application/problem+json"
+_UUID: Final = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_KEY: Final = rf"(?P<key>{_UUID}|alias/[a-z0-9][a-z0-9._-]{{0,127}})"
+_CLIENT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_IDEMPOTENCY: Final = re.compile(r'"?([\x21\x23-\x5b\x5d-\x7e]{1,128})"?')
+_TAG: Final = re.compile(r"tag\.[A-Za-z0-9_.:-]{1,64}")
+_ETAG: Final = re.compile(r'"([0-9]{1,15})"')
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a request may be, in bytes."""
+
+    body: int = 1_048_576
+    batch_body: int = 4_194_304
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer: a JSON value, or bytes with their own media type."""
+
+    body: Any
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    media: str = JSON
+
+
+@dataclass(slots=True)
+class Call:
+    """One request after identification: what a handler needs."""
+
+    app: Native
+    kms: Kms
+    ask: Ask
+    path: Mapping[str, str]
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: Any
+    digest: bytes  # SHA-256 of method, path and body, for idempotency
+    claim: tuple[str, str, str] | None = None  # tenant, caller and Idempotency-Key while the request runs
+
+
+Handler = Callable[[Call], Awaitable[Reply]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One operation of the API, as it is served and as it is described."""
+
+    method: str
+    path: str
+    op: str  # its name in the audit record
+    handler: Handler
+    summary: str
+    answer: type[msgspec.Struct] | None = None
+    body: type[msgspec.Struct] | None = None
+    body_optional: bool = False
+    query: tuple[str, ...] = ()
+    status: int = 200
+    public: bool = False  # answers without a credential, and makes no record
+    idempotent: bool = False  # needs Idempotency-Key
+    if_match: str = ""  # "required", "honoured" or ""
+    item: type[msgspec.Struct] | None = None  # of a batch
+    media: tuple[str, ...] = (JSON,)
+
+
+# ---- data plane --------------------------------------------------------------------------------------------------
+
+
+def _single(plane: Plane) -> Handler:
+    async def handle(call: Call) -> Reply:
+        return Reply(plane.show(await plane.do(call.kms, call.ask, plane.work(call.body, call.path.get("key", "")))))
+
+    return handle
+
+
+def _batch(plane: Plane) -> Handler:
+    async def handle(call: Call) -> Reply:
+        works: list[Work | Unusable] = []
+        references: list[str | None] = []
+        assert plane.item is not None
+        for raw in call.body.items:
+            try:
+                item = convert(raw, plane.item)
+                works.append(plane.work(item, getattr(item, "key", "")))
+                references.append(item.reference)
+            except (Invalid, RequestInvalid) as error:
+                reference = raw.get("reference") if isinstance(raw, dict) else None
+                references.append(reference if isinstance(reference, str) and _CLIENT_ID.fullmatch(reference) else None)
+                works.append(Unusable(meaning(error)[1], error))
+        batch_id, results = await call.kms.batch(call.ask, plane.op, works)
+        shown, failed = [], 0
+        for reference, result in zip(references, results, strict=True):
+            entry: dict[str, Any] = {"status": 200, "receipt": result.receipt.header()}
+            if reference is not None:
+                entry["reference"] = reference
+            if result.error is None:
+                entry["result"] = plane.show(result.value)
+            else:
+                told = _item_answer(call.ask, result)
+                failed += isinstance(told, Problem)
+                entry |= {
+                    "status": told.status,
+                    "problem" if isinstance(told, Problem) else "result": told.body,
+                }
+            shown.append(entry)
+        return Reply({"batch_id": batch_id, "results": shown}, headers=(("x-batch-failed", str(failed)),))
+
+    return handle
+
+
+def _item_answer(ask: Ask, result: ItemResult) -> Reply | Problem:
+    error = result.error
+    if ask.dry_run and isinstance(error, WouldAllow | policy.Denied):
+        told = dry_run_answer(error)
+        if told is not None:
+            return told
+    assert error is not None
+    return problem_of(error, request_id=ask.request_id, decision_id=result.decision_id)
+
+
+async def _random(call: Call) -> Reply:
+    data = await call.kms.random(call.ask, call.body.length)
+    return Reply({"random": base64.b64encode(data).decode()})
+
+
+# ---- keys --------------------------------------------------------------------------------------------------------
+
+
+def _key_reply(call: Call, key: Key, status: int = 200, **headers: str) -> Reply:
+    missing = call.kms.tier_missing(key)
+    etag = (("etag", f'"{key.kv}"'), *((k, v) for k, v in headers.items()))
+    return Reply(wire.key_json(key, missing=missing), status, etag)
+
+
+async def _create_key(call: Call) -> Reply:
+    b: wire.CreateKeyBody = call.body
+    expand = call.kms.places
+    home = expand("/home", [b.home])
+    if home != frozenset({b.home}):
+        raise RequestInvalid(("/home", "not_a_region", "name one region"))
+    spec = KeySpec(b.spec)
+    rotation = b.rotation or wire.RotationBody()
+    new = NewKey.of(
+        tenant=call.ask.caller.tenant or "",
+        spec=spec,
+        usage=None if b.usage is None else KeyUsage(b.usage),
+        suite=None if b.suite is None else int(b.suite, 16),
+        tier=b.tier,
+        home=b.home,
+        residency=home if b.residency is None else expand("/residency", b.residency),
+        execution=home if b.execution is None else expand("/execution", b.execution),
+        reach=home if b.reach is None else expand("/reach", b.reach),
+        egress=home if b.egress is None else expand("/egress", b.egress),
+        failover=expand("/failover", b.failover),
+        purposes=tuple(b.purposes),
+        description=b.description,
+        tags=b.tags,
+        rotation=_rotation(rotation),
+    )
+    key = await call.kms.create_key(call.ask, new, alias=b.alias)
+    return _key_reply(call, key, 201, location=f"/v1/keys/{key.id}")
+
+
+def _rotation(b: wire.RotationBody) -> Rotation:
+    age = None if b.max_age is None else wire.seconds("/rotation/max_age", b.max_age)
+    if age is not None and age < 3_600:
+        raise RequestInvalid(("/rotation/max_age", "too_short", "at least PT1H"))
+    return Rotation(max_age=age, max_uses=b.max_uses)
+
+
+async def _get_key(call: Call) -> Reply:
+    return _key_reply(call, await call.kms.get_key(call.ask, call.path["key"]))
+
+
+async def _list_keys(call: Call) -> Reply:
+    limit = _page_size(call)
+    chosen = {k: v for k, v in call.query.items() if k not in {"page_size", "page_token", "dry_run"}}
+    after = _page_token(call, chosen)
+    tags = {k[4:]: v for k, v in chosen.items() if k.startswith("tag.")}
+    wanted = ListFilter(
+        state=_one_of(chosen, "state", _STATES),
+        tier=None if "tier" not in chosen else int(_one_of(chosen, "tier", ("1", "2", "3")) or 0),
+        usage=_one_of(chosen, "usage", ("encrypt", "sign", "mac")),
+        region=chosen.get("region"),
+        tags=tags,
+    )
+    keys = await call.kms.list_keys(call.ask, wanted, after=None if after is None else _uuid(after), limit=limit + 1)
+    shown = [wire.key_json(k, missing=call.kms.tier_missing(k)) for k in keys[:limit]]
+    return _page(call, shown, str(keys[limit - 1].id) if len(keys) > limit else None, chosen)
+
+
+_STATES: Final = (
+    "pending_import",
+    "enabled",
+    "disabled",
+    "deactivated",
+    "compromised",
+    "pending_deletion",
+    "destroyed",
+)
+
+
+def _one_of(query: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
+    value = query.get(name)
+    if value is not None and value not in allowed:
+        raise RequestInvalid((f"?{name}", "not_allowed", "one of " + ", ".join(allowed)))
+    return value
+
+
+def _page_size(call: Call) -> int:
+    text = call.query.get("page_size", "50")
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", text) or int(text) > 500:
+        raise RequestInvalid(("?page_size", "out_of_range", "1 to 500"))
+    return int(text)
+
+
+def _token_for(call: Call, after: str, chosen: Mapping[str, str]) -> str:
+    bound = hashlib.sha256(json.dumps([call.ask.caller.tenant, sorted(chosen.items()), after]).encode()).hexdigest()[
+        :16
+    ]
+    return base64.urlsafe_b64encode(f"{bound}.{after}".encode()).rstrip(b"=").decode()
+
+
+def _page_token(call: Call, chosen: Mapping[str, str]) -> str | None:
+    """The position a token stands for. It is bound to tenant and filter; the tenant itself is the caller's, always."""
+    text = call.query.get("page_token")
+    if text is None:
+        return None
+    try:
+        _, _, after = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode().partition(".")
+    except ValueError:
+        raise PageTokenInvalid from None
+    if text != _token_for(call, after, chosen):
+        raise PageTokenInvalid
+    return after
+
+
+def _uuid(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        raise PageTokenInvalid from None
+
+
+def _page(call: Call, items: list[Any], after: str | None, chosen: Mapping[str, str]) -> Reply:
+    token = None if after is None else _token_for(call, after, chosen)
+    headers = () if token is None else (("link", f'<?page_token={token}>; rel="next"'),)
+    return Reply({"items": items, "next_page_token": token}, headers=headers)
+
+
+async def _patch_key(call: Call) -> Reply:
+    b: wire.PatchKeyBody = call.body
+    changes = {k: v for k, v in msgspec.to_builtins(b).items() if v is not msgspec.UNSET}
+    if not changes:
+        raise RequestInvalid(("", "empty", "name at least one field to change"))
+    rotation = None if isinstance(b.rotation, msgspec.UnsetType) else _rotation(b.rotation)
+
+    def plan(key: Key) -> Any:
+        return call.kms.keystore.plan_update(
+            key,
+            description=None if isinstance(b.description, msgspec.UnsetType) else b.description,
+            tags=None if isinstance(b.tags, msgspec.UnsetType) else b.tags,
+            rotation=rotation,
+            min_decrypt_version=_fence(key, b.min_decrypt_version, "/min_decrypt_version"),
+            min_encrypt_version=_fence(key, b.min_encrypt_version, "/min_encrypt_version"),
+        )
+
+    return _key_reply(call, await call.kms.update_key(call.ask, call.path["key"], changes, plan))
+
+
+def _fence(key: Key, given: int | str | msgspec.UnsetType, pointer: str) -> int | None:
+    if isinstance(given, msgspec.UnsetType):
+        return None
+    number = given if isinstance(given, int) else key.latest.number - int(given.partition("-")[2] or 0)
+    if not 1 <= number <= key.latest.number:
+        raise RequestInvalid((pointer, "out_of_range", "a fence lies between 1 and the latest version"))
+    return number
+
+
+def _lifecycle(change: Callable[[Kms, Ask, str], Awaitable[Key]]) -> Handler:
+    async def handle(call: Call) -> Reply:
+        return _key_reply(call, await change(call.kms, call.ask, call.path["key"]))
+
+    return handle
+
+
+async def _rotate(call: Call) -> Reply:
+    key = await call.kms.rotate_key(call.ask, call.path["key"])
+    return _key_reply(call, key)
+
+
+async def _schedule_deletion(call: Call) -> Reply:
+    wait = wire.seconds("/wait", call.body.wait)
+    if not 7 * 86_400 <= wait <= 90 * 86_400:
+        raise RequestInvalid(("/wait", "out_of_range", "P7D to P90D"))
+    return _key_reply(call, await call.kms.schedule_deletion(call.ask, call.path["key"], wait))
+
+
+async def _versions(call: Call) -> Reply:
+    key = await call.kms.get_key(call.ask, call.path["key"])
+    return Reply({"items": [wire.version_json(v) for v in key.versions]})
+
+
+async def _revoke_version(call: Call) -> Reply:
+    return _key_reply(call, await call.kms.revoke_version(call.ask, call.path["key"], int(call.path["version"])))
+
+
+async def _public_key(call: Call) -> Reply:
+    text = call.query.get("version")
+    if text is not None and not re.fullmatch(r"[1-9][0-9]{0,7}", text):
+        raise RequestInvalid(("?version", "out_of_range", "a version number from 1"))
+    key, version, spki = await call.kms.public_key(
+        call.ask, call.path["key"], version=None if text is None else int(text)
+    )
+    public = serialization.load_der_public_key(spki)
+    if "application/jwk+json" in call.headers.get("accept", "") or call.headers.get("accept") == JSON:
+        return Reply(jwk(public, kid=f"{key.id}.{version}"), media="application/jwk+json")
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return Reply(pem, media="application/x-pem-file")
+
+
+async def _list_aliases(call: Call) -> Reply:
+    limit = _page_size(call)
+    after = _page_token(call, {})
+    found = await call.kms.list_aliases(call.ask, after=after, limit=limit + 1)
+    items = [{"alias": name, "key_id": str(key)} for name, key in found[:limit]]
+    return _page(call, items, found[limit - 1][0] if len(found) > limit else None, {})
+
+
+async def _put_alias(call: Call) -> Reply:
+    key = await call.kms.put_alias(call.ask, call.path["name"], call.body.key)
+    return Reply({"alias": call.path["name"], "key_id": str(key.id)})
+
+
+async def _delete_alias(call: Call) -> Reply:
+    await call.kms.delete_alias(call.ask, call.path["name"])
+    return Reply(None, 204)
+
+
+async def _delete_key(call: Call) -> Reply:
+    raise DeletionIsScheduled
+
+
+# ---- installation, policy, tokens, audit ---------------------------------------------------------------------------
+
+
+async def _tenants(call: Call) -> Reply:
+    return Reply({"items": await call.kms.list_tenants(call.ask)})
+
+
+async def _regions(call: Call) -> Reply:
+    return Reply({"items": await call.kms.list_regions(call.ask)})
+
+
+async def _hsms(call: Call) -> Reply:
+    found = await call.kms.list_hsms(call.ask)
+    return Reply({"items": [msgspec.to_builtins(h) for h in found]})
+
+
+def _policy_json(p: policy.Policy) -> dict[str, Any]:
+    return {"digest": p.digest, "version": p.version, "development": p.development, "files": dict(p.files)}
+
+
+async def _get_policy(call: Call) -> Reply:
+    return Reply(_policy_json(await call.kms.get_policy(call.ask)))
+
+
+async def _reload_policy(call: Call) -> Reply:
+    return Reply(_policy_json(await call.kms.reload_policy(call.ask)))
+
+
+def _token_json(token: Any) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "role": token.role,
+        "scopes": sorted(token.scopes),
+        "created_at": wire.moment(token.created_at),
+        "expires_at": wire.moment(token.expires_at),
+    }
+
+
+async def _create_token(call: Call) -> Reply:
+    caller = call.ask.caller
+    lifetime = wire.seconds("/expires_in", call.body.expires_in)
+    if not 60 <= lifetime <= 90 * 86_400:
+        raise RequestInvalid(("/expires_in", "out_of_range", "PT60S to P90D"))
+    role = next(iter(sorted(caller.roles)), "")
+    new = NewToken(
+        tenant=caller.tenant or "",
+        role=role,
+        scopes=frozenset(call.body.scopes),
+        lifetime_s=lifetime,
+        created_by=caller.id,
+    )
+    token, secret = await call.kms.create_token(call.ask, new)
+    return Reply({**_token_json(token), "token": secret}, 201)
+
+
+async def _list_tokens(call: Call) -> Reply:
+    return Reply({"items": [_token_json(t) for t in await call.kms.list_tokens(call.ask)]})
+
+
+async def _revoke_token(call: Call) -> Reply:
+    await call.kms.revoke_token(call.ask, call.path["id"])
+    return Reply(None, 204)
+
+
+async def _records(call: Call) -> Reply:
+    limit = _page_size(call)
+    names = {"key", "actor", "op", "out", "from", "to"}
+    chosen = {k: v for k, v in call.query.items() if k in names}
+    after = _page_token(call, chosen)
+    position: tuple[str, int] | None = None
+    if after is not None:
+        log, _, seq = after.rpartition(":")
+        if not seq.isdigit():
+            raise PageTokenInvalid
+        position = (log, int(seq))
+    found = await call.kms.search_records(
+        call.ask,
+        key=chosen.get("key"),
+        actor=chosen.get("actor"),
+        op=chosen.get("op"),
+        out=_one_of(chosen, "out", ("ok", "denied", "failed", "error")),
+        since=_instant(chosen, "from"),
+        until=_instant(chosen, "to"),
+        after=position,
+        limit=limit + 1,
+    )
+    items = [
+        {"log": f.log, "seq": f.seq, "leaf": f.leaf.hex(), "time": wire.moment(f.t), "record": f.record}
+        for f in found[:limit]
+    ]
+    last = found[limit - 1] if len(found) > limit else None
+    return _page(call, items, None if last is None else f"{last.log}:{last.seq}", chosen)
+
+
+def _instant(query: Mapping[str, str], name: str) -> int | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    try:
+        return wire.microseconds(text)
+    except ValueError:
+        raise RequestInvalid((f"?{name}", "invalid_time", "RFC 3339 UTC: 2026-01-31T12:00:00.000Z")) from None
+
+
+async def _audit_status(call: Call) -> Reply:
+    return Reply(await call.kms.audit_status(call.ask))
+
+
+async def _whoami(call: Call) -> Reply:
+    c = await call.kms.whoami(call.ask)
+    return Reply(
+        {
+            "id": c.id,
+            "kind": c.kind,
+            "tenant": c.tenant,
+            "roles": sorted(c.roles),
+            "places": sorted(c.places),
+            "proof": c.proof,
+            "authn": c.authn,
+        }
+    )
+
+
+async def _metrics(call: Call) -> Reply:
+    await call.kms.metrics_allowed(call.ask)
+    return Reply(call.app.observer.exposition(), media="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _livez(call: Call) -> Reply:
+    return Reply({"status": "ok"})
+
+
+async def _readyz(call: Call) -> Reply:
+    ready, details = await call.app.health.ready(full=call.ask.caller.tenant is None and call.ask.caller.proof > 0)
+    return Reply(details, 200 if ready else 503)
+
+
+async def _openapi(call: Call) -> Reply:
+    from service.protocols.openapi import document
+
+    return Reply(document())
+
+
+ANONYMOUS: Final = Caller(
+    id="none:",
+    kind="workload",
+    tenant=None,
+    roles=frozenset(),
+    places=frozenset(),
+    proof=0,
+    authn="none",
+)
+
+_PAGE: Final = ("page_size", "page_token")
+
+ROUTES: Final[tuple[Route, ...]] = (
+    *(Route("POST", p.path, p.op, _single(p), p.summary, body=p.body, answer=p.answer) for p in PLANES.values()),
+    *(
+        Route(
+            "POST",
+            f"/v1/batch/{kind}",
+            p.op,
+            _batch(p),
+            f"Up to 500 items of {kind}; a bad item harms no other",
+            body=wire.BatchBody,
+            item=p.item,
+            answer=wire.BatchAnswer,
+        )
+        for kind, p in PLANES.items()
+        if p.item is not None
+    ),
+    Route(
+        "POST",
+        "/v1/random",
+        "random",
+        _random,
+        "Random bytes from the HSM",
+        wire.RandomAnswer,
+        wire.RandomBody,
+    ),
+    Route(
+        "POST",
+        "/v1/keys",
+        "create_key",
+        _create_key,
+        "Create a key",
+        wire.KeyAnswer,
+        wire.CreateKeyBody,
+        status=201,
+        idempotent=True,
+    ),
+    Route(
+        "GET",
+        "/v1/keys",
+        "list_keys",
+        _list_keys,
+        "List keys",
+        wire.KeyList,
+        query=(*_PAGE, "state", "tier", "usage", "region", "tag.*"),
+    ),
+    Route("GET", "/v1/keys/{key}", "get_key", _get_key, "A key's metadata", wire.KeyAnswer),
+    Route(
+        "PATCH",
+        "/v1/keys/{key}",
+        "update_key",
+        _patch_key,
+        "Change description, tags, rotation, fences",
+        wire.KeyAnswer,
+        wire.PatchKeyBody,
+        if_match="required",
+    ),
+    Route("DELETE", "/v1/keys/{key}", "get_key", _delete_key, "Refused: deletion is scheduled", status=405),
+    Route(
+        "POST",
+        "/v1/keys/{key}/rotate",
+        "rotate_key",
+        _rotate,
+        "Make a new version",
+        wire.KeyAnswer,
+        wire.WhyBody,
+        body_optional=True,
+        idempotent=True,
+        if_match="honoured",
+    ),
+    *(
+        Route(
+            "POST",
+            f"/v1/keys/{{key}}/{name}",
+            op,
+            _lifecycle(change),
+            summary,
+            wire.KeyAnswer,
+            wire.WhyBody,
+            body_optional=True,
+            if_match=match,
+        )
+        for name, op, change, summary, match in (
+            # Stopping a key must not fail because somebody else changed it meanwhile.
+            ("disable", "disable_key", Kms.disable_key, "Stop every use of a key", "honoured"),
+            ("enable", "enable_key", Kms.enable_key, "Put a disabled key back into use", "required"),
+            (
+                "mark-compromised",
+                "compromise_key",
+                Kms.mark_compromised,
+                "Mark a key compromised, for ever",
+                "honoured",
+            ),
+            (
+                "cancel-deletion",
+                "cancel_deletion",
+                Kms.cancel_deletion,
+                "Take a scheduled deletion back",
+                "required",
+            ),
+        )
+    ),
+    Route(
+        "POST",
+        "/v1/keys/{key}/schedule-deletion",
+        "schedule_deletion",
+        _schedule_deletion,
+        "Stop a key now, destroy it after 7 to 90 days",
+        wire.KeyAnswer,
+        wire.DeletionBody,
+        idempotent=True,
+        if_match="required",
+    ),
+    Route("GET", "/v1/keys/{key}/versions", "list_versions", _versions, "A key's versions", wire.VersionList),
+    Route(
+        "POST",
+        "/v1/keys/{key}/versions/{version}/revoke",
+        "revoke_version",
+        _revoke_version,
+        "Take one version out of use",
+        wire.KeyAnswer,
+        wire.WhyBody,
+        body_optional=True,
+        if_match="honoured",
+    ),
+    Route(
+        "GET",
+        "/v1/keys/{key}/public-key",
+        "get_public_key",
+        _public_key,
+        "The public key as PEM, or as JWK by Accept",
+        query=("version",),
+        media=("application/x-pem-file", "application/jwk+json"),
+    ),
+    Route("GET", "/v1/aliases", "list_aliases", _list_aliases, "List aliases", wire.AliasList, query=_PAGE),
+    Route(
+        "PUT",
+        "/v1/aliases/{name}",
+        "put_alias",
+        _put_alias,
+        "Point an alias to a key, atomically",
+        wire.AliasAnswer,
+        wire.AliasBody,
+    ),
+    Route("DELETE", "/v1/aliases/{name}", "delete_alias", _delete_alias, "Remove an alias", status=204),
+    Route("GET", "/v1/tenants", "list_tenants", _tenants, "Tenants of the charter", wire.ObjectList),
+    Route("GET", "/v1/regions", "list_regions", _regions, "Places of the charter", wire.ObjectList),
+    Route("GET", "/v1/hsms", "list_hsms", _hsms, "State of this node's HSMs", wire.ObjectList),
+    Route("GET", "/v1/policy", "get_policy", _get_policy, "The policy in force", wire.PolicyAnswer),
+    Route(
+        "POST",
+        "/v1/policy/reload",
+        "reload_policy",
+        _reload_policy,
+        "Load the bundle anew; the old one stays if the new one is refused",
+        wire.PolicyAnswer,
+        wire.WhyBody,
+        body_optional=True,
+    ),
+    Route(
+        "POST",
+        "/v1/tokens",
+        "create_token",
+        _create_token,
+        "Make a scoped API token; its secret is shown once",
+        wire.TokenAnswer,
+        wire.TokenBody,
+        status=201,
+    ),
+    Route("GET", "/v1/tokens", "list_tokens", _list_tokens, "List API tokens", wire.TokenList),
+    Route("DELETE", "/v1/tokens/{id}", "revoke_token", _revoke_token, "Revoke an API token", status=204),
+    Route(
+        "GET",
+        "/v1/audit/records",
+        "search_records",
+        _records,
+        "Search audit records, newest first",
+        wire.RecordList,
+        query=(*_PAGE, "key", "actor", "op", "out", "from", "to"),
+    ),
+    Route("GET", "/v1/audit/status", "audit_status", _audit_status, "State of this worker's chain"),
+    Route("GET", "/v1/whoami", "whoami", _whoami, "What the service makes of your credential", wire.WhoAnswer),
+    Route("GET", "/livez", "health", _livez, "The process lives", public=True),
+    Route("GET", "/readyz", "health", _readyz, "The node can serve", public=True),
+    Route("GET", "/metrics", "metrics", _metrics, "Prometheus metrics", media=("text/plain",)),
+    Route("GET", "/openapi.json", "openapi", _openapi, "This API", public=True),
+)
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """The exact paths of a template: no percent-encoding, no case folding, no trailing slash."""
+    parts = {
+        "{key}": _KEY,
+        "{version}": r"(?P<version>[1-9][0-9]{0,7})",
+        "{name}": r"(?P<name>[a-z0-9][a-z0-9._-]{0,127})",
+        "{id}": r"(?P<id>[A-Za-z0-9]{8})",
+    }
+    return re.compile("".join(parts.get(p, re.escape(p)) for p in re.split(r"(\{[a-z]+\})", path)))
+
+
+class Native:
+    """The ASGI application of the native API."""
+
+    def __init__(
+        self,
+        kms: Kms,
+        identity: Authenticator,
+        *,
+        idempotency: Idempotency,
+        health: Health,
+        observer: Observer,
+        limits: Limits,
+        clock: Callable[[], int],
+    ) -> None:
+        self.kms, self.identity, self.idempotency = kms, identity, idempotency
+        self.health, self.observer, self.limits, self._clock = health, observer, limits, clock
+        self._exact = {(r.method, r.path): r for r in ROUTES if "{" not in r.path}
+        self._patterns = [(r, _pattern(r.path)) for r in ROUTES if "{" in r.path]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived = self._clock()
+        ask = Ask(caller=ANONYMOUS, request_id=uuid7(arrived), arrived=arrived)
+        source = (scope.get("client") or ("",))[0]
+        route, path, allowed = self._route(scope)
+        answer: Reply | Problem
+        try:
+            if route is None or not route.public:
+                ask.caller = await self.identity.identify(scope)
+            if route is None:
+                raise MethodNotAllowed(allowed) if allowed else NotFound("no such path")
+            call = await self._call(ask, route, path, scope, receive)
+            answer = self._replayed(call, route) or await self._handled(call, route)
+        except Exception as error:
+            answer = await self._failed(ask, route, source, error)
+        await self._send(send, ask, route, answer)
+        self.observer.observe(ask, source, scope["method"], answer.status, self._clock())
+
+    def _route(self, scope: Scope) -> tuple[Route | None, Mapping[str, str], tuple[str, ...]]:
+        method, path = scope["method"], scope["path"]
+        raw = scope.get("raw_path") or path.encode()
+        if b"%" in raw:  # nothing in the API needs it, and it is how paths are smuggled
+            return None, {}, ()
+        if (route := self._exact.get((method, path))) is not None:
+            return route, {}, ()
+        allowed = {m for m, p in self._exact if p == path}
+        for candidate, pattern in self._patterns:
+            if match := pattern.fullmatch(path):
+                if candidate.method == method:
+                    return candidate, match.groupdict(), ()
+                allowed.add(candidate.method)
+        return None, {}, tuple(sorted(allowed))
+
+    async def _call(self, ask: Ask, route: Route, path: Mapping[str, str], scope: Scope, receive: Receive) -> Call:
+        """Everything that is checked before the operation begins."""
+        headers = _headers(scope)
+        client = headers.get("x-client-request-id")
+        if client is not None and not _CLIENT_ID.fullmatch(client):
+            raise Malformed("x-client-request-id")
+        ask.client_request_id = client
+        if (match := _TRACEPARENT.fullmatch(headers.get("traceparent", ""))) is not None:
+            ask.trace = match.group(1)
+        query = _query(scope, route)
+        ask.dry_run = query.get("dry_run") == "true"
+        raw = await self._read(route, headers, receive)
+        body = _body(route, headers, raw)
+        reason = getattr(body, "reason", None)
+        ask.reason = None if reason is None else reason.code
+        ask.if_match = _if_match(route, headers)
+        digest = hashlib.sha256(f"{route.method} {scope['path']}\n".encode() + raw).digest()
+        return Call(self, self.kms, ask, path, query, headers, body, digest)
+
+    async def _read(self, route: Route, headers: Mapping[str, str], receive: Receive) -> bytes:
+        """The body, counted while it arrives; PayloadTooLarge before it is in memory."""
+        limit = self.limits.batch_body if route.item is not None else self.limits.body
+        declared = headers.get("content-length", "0")
+        if not declared.isdigit():
+            raise Malformed("content-length")
+        if int(declared) > limit:
+            raise PayloadTooLarge(limit)
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > limit:
+                raise PayloadTooLarge(limit)
+            chunks.append(chunk)
+            if not message.get("more_body"):
+                return b"".join(chunks)
+
+    def _replayed(self, call: Call, route: Route) -> Reply | None:
+        """The stored answer of the same request, or None after claiming the Idempotency-Key for this one."""
+        if not route.idempotent or call.ask.dry_run:
+            return None
+        match = _IDEMPOTENCY.fullmatch(call.headers.get("idempotency-key", ""))
+        if match is None:
+            raise IdempotencyKeyMissing
+        claim = (call.ask.caller.tenant or "", call.ask.caller.id, match.group(1))
+        begun = self.idempotency.begin(*claim, call.digest)
+        match begun:
+            case Replay():
+                headers = (("idempotency-replayed", "true"), *begun.headers)
+                return Reply(json.loads(begun.body), begun.status, headers)
+            case Reused():
+                raise IdempotencyKeyReused
+            case InProgress():
+                raise IdempotencyInProgress
+            case _:
+                call.claim = claim
+
+        def remember(connection: Any, key: Key) -> None:
+            reply = _key_reply(call, key, route.status)
+            headers = (*reply.headers, ("location", f"/v1/keys/{key.id}")) if route.status == 201 else reply.headers
+            self.idempotency.finish(connection, *claim, reply.status, json.dumps(reply.body).encode(), headers)
+
+        call.ask.remember = remember
+        return None
+
+    async def _handled(self, call: Call, route: Route) -> Reply:
+        try:
+            return await route.handler(call)
+        except BaseException:
+            if call.claim is not None:
+                self.idempotency.abandon(*call.claim)
+            raise
+
+    async def _failed(self, ask: Ask, route: Route | None, source: str, error: Exception) -> Reply | Problem:
+        """The answer to a request that failed; if nothing recorded it yet, it is recorded now."""
+        if ask.dry_run and isinstance(error, WouldAllow | policy.Denied):
+            told = dry_run_answer(error)
+            if told is not None:
+                return told
+        out, code = meaning(error)
+        if ask.receipt is None and code != "audit_unavailable" and not (route is not None and route.public):
+            try:
+                if route is None or ask.caller is ANONYMOUS:
+                    why = error.reason if isinstance(error, Unidentified) else code
+                    ask.receipt = await self.kms.unidentified(
+                        source=source, request_id=ask.request_id, arrived=ask.arrived, why=why
+                    )
+                else:
+                    await self.kms.refused(ask, route.op, out, code)
+            except Unavailable as unavailable:
+                error = unavailable
+        if code == "internal":
+            self.observer.crash(ask, error)
+        return problem_of(error, request_id=ask.request_id, decision_id=ask.decision_id)
+
+    async def _send(self, send: Send, ask: Ask, route: Route | None, answer: Reply | Problem) -> None:
+        headers: list[tuple[str, str]] = [("x-request-id", ask.request_id), ("cache-control", "no-store")]
+        if ask.receipt is not None:
+            headers.append(("audit-receipt", ask.receipt.header()))
+        if ask.client_request_id is not None:
+            headers.append(("x-client-request-id", ask.client_request_id))
+        headers += [("x-content-type-options", "nosniff"), *answer.headers]
+        if isinstance(answer, Problem):
+            payload, media = json.dumps(answer.body).encode(), PROBLEM_JSON
+        elif isinstance(answer.body, bytes):
+            payload, media = answer.body, answer.media
+        else:
+            payload = b"" if answer.body is None else json.dumps(answer.body, separators=(",", ":")).encode()
+            media = answer.media
+        if payload:
+            headers.append(("content-type", media))
+        headers.append(("content-length", str(len(payload))))
+        await send(
+            {
+                "type": "http.response.start",
+                "status": answer.status,
+                "headers": [(k.encode(), v.encode()) for k, v in headers],
+            }
+        )
+        await send({"type": "http.response.body", "body": payload})
+
+
+def dry_run_answer(error: WouldAllow | policy.Denied) -> Reply | None:
+    """What a dry run tells; None where the real request would say no more than `not_found`."""
+    decision = error.decision
+    if decision.code == "not_found":
+        return None
+    shown: dict[str, Any] = {"policy": decision.digest[:12]}
+    if decision.allowed:
+        return Reply({"would": "allow", "decision": shown})
+    shown |= {"code": decision.code, "rule": decision.rule_code or "DEFAULT"}
+    return Reply({"would": "deny", "decision": shown})
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+
+
+def _query(scope: Scope, route: Route) -> dict[str, str]:
+    """Query parameters: known names only, each once, plain ASCII without percent-escapes beyond the necessary."""
+    raw = scope.get("query_string", b"").decode("latin-1")
+    found: dict[str, str] = {}
+    if not raw:
+        return found
+    if len(raw) > 4_096:
+        raise RequestInvalid(("?", "too_long", "at most 4,096 characters"))
+    try:
+        pairs = parse_qsl(raw, keep_blank_values=True, strict_parsing=True, max_num_fields=32, errors="strict")
+    except ValueError:
+        raise RequestInvalid(("?", "malformed", "name=value pairs")) from None
+    allowed = {*route.query, "dry_run"} if route.method != "GET" else set(route.query)
+    for name, value in pairs:
+        known = name in allowed or ("tag.*" in allowed and _TAG.fullmatch(name) is not None)
+        if not known:
+            raise RequestInvalid(("?", "unknown_parameter", "see the API document for this route's parameters"))
+        if name in found:
+            raise RequestInvalid((f"?{name}", "repeated", "once only"))
+        if not value.isascii() or not value.isprintable() or len(value) > 1_024:
+            raise RequestInvalid((f"?{name}", "not_printable", "printable ASCII, at most 1,024 characters"))
+        found[name] = value
+    if found.get("dry_run", "false") not in {"true", "false"}:
+        raise RequestInvalid(("?dry_run", "not_allowed", "true or false"))
+    return found
+
+
+def _body(route: Route, headers: Mapping[str, str], raw: bytes) -> Any:
+    """The body as the route's Struct; Malformed, UnsupportedMediaType or Invalid otherwise."""
+    if route.body is None:
+        if raw:
+            raise Malformed("body")
+        return None
+    if not raw and route.body_optional:
+        return route.body()
+    media, _, parameters = headers.get("content-type", "").partition(";")
+    charset = parameters.strip().lower()
+    if media.strip().lower() != JSON or charset not in {"", "charset=utf-8", 'charset="utf-8"'}:
+        raise UnsupportedMediaType
+    if headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedMediaType
+    return convert(loads(raw), route.body)
+
+
+def _if_match(route: Route, headers: Mapping[str, str]) -> int | None:
+    text = headers.get("if-match")
+    if text is None or not route.if_match or text == "*":
+        if route.if_match == "required" and text is None:
+            raise EtagMissing("If-Match is required")
+        return None
+    match = _ETAG.fullmatch(text)
+    if match is None:
+        raise EtagMismatch("not an ETag of this service")
+    return int(match.group(1))
