@@ -31,7 +31,7 @@ OPERATIONS: Final[frozenset[str]] = frozenset(
     list_regions list_hsms get_policy reload_policy search_records audit_status export_records create_token list_tokens
     revoke_token get_decision whoami get_operation start stop hsm_lost hsm_back watermark bundle_active
     tenant_audit_key seal unseal row_damaged health metrics openapi
-    """.split()
+    """.split()  # noqa: SIM905  (sixty quoted words would not read better)
 )
 OUTCOMES: Final[frozenset[str]] = frozenset({"ok", "denied", "failed", "error"})
 AUTHENTICATIONS: Final[frozenset[str]] = frozenset(
@@ -111,7 +111,7 @@ class Base(
     node: Place
 
 
-class Asked(Base, frozen=True):
+class Asked(Base, frozen=True, kw_only=True):
     """A record about something that was asked: who, what, where, why. Each kind says which fields it must have."""
 
     # who
@@ -157,7 +157,7 @@ class Asked(Base, frozen=True):
     intent: Uuid | None = None  # the record this one refers to
 
 
-class Open(Base, frozen=True, tag="open"):
+class Open(Base, frozen=True, kw_only=True, tag="open"):
     """A writer took over: `cert` is the HSM's signature over the writer's key `pub`."""
 
     epoch: UInt
@@ -169,33 +169,33 @@ class Open(Base, frozen=True, tag="open"):
     clk: Code
 
 
-class Close(Base, frozen=True, tag="close"):
+class Close(Base, frozen=True, kw_only=True, tag="close"):
     """The writer stopped in order; `count` is the number of records of its epoch, `open` and this one included."""
 
     epoch: UInt
     count: UInt
 
 
-class Mark(Base, frozen=True, tag="mark"):
+class Mark(Base, frozen=True, kw_only=True, tag="mark"):
     """Nothing happened, and the writer was alive."""
 
     root: Root | None = None
 
 
-class Op(Asked, frozen=True, tag="op"):
+class Op(Asked, frozen=True, kw_only=True, tag="op"):
     """A data-plane operation, a read, or a dry run: allowed, denied or failed."""
 
     op: Operation
     out: Out
 
 
-class Intent(Asked, frozen=True, tag="intent"):
+class Intent(Asked, frozen=True, kw_only=True, tag="intent"):
     """What the control plane is about to do; durable before it acts."""
 
     op: Operation
 
 
-class Outcome(Asked, frozen=True, tag="outcome"):
+class Outcome(Asked, frozen=True, kw_only=True, tag="outcome"):
     """What became of an intent; commits together with the change it reports."""
 
     op: Operation
@@ -203,19 +203,19 @@ class Outcome(Asked, frozen=True, tag="outcome"):
     intent: Uuid
 
 
-class Auth(Asked, frozen=True, tag="auth"):
+class Auth(Asked, frozen=True, kw_only=True, tag="auth"):
     """A request refused before its operation was known: unauthenticated, malformed, no route."""
 
     why: Code
 
 
-class Admin(Asked, frozen=True, tag="admin"):
+class Admin(Asked, frozen=True, kw_only=True, tag="admin"):
     """Something without a caller: start, HSM lost or back, bundle active, watermark."""
 
     op: Operation
 
 
-class Suppressed(Base, frozen=True, tag="suppressed"):
+class Suppressed(Base, frozen=True, kw_only=True, tag="suppressed"):
     """`count` refusals of one source between two times (us) that got no record of their own."""
 
     src: Address | None = None
@@ -225,14 +225,14 @@ class Suppressed(Base, frozen=True, tag="suppressed"):
     to: UInt
 
 
-class Clock(Base, frozen=True, tag="clock"):
+class Clock(Base, frozen=True, kw_only=True, tag="clock"):
     """The clock stepped: it should have read `was` and read `now` (us)."""
 
     was: UInt
     now: UInt
 
 
-class Withheld(Asked, frozen=True, tag="withheld"):
+class Withheld(Asked, frozen=True, kw_only=True, tag="withheld"):
     """The record named by `intent` is durable, but its result was not released."""
 
     intent: Uuid

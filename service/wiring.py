@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -16,7 +16,6 @@ from typing import Final
 import audit.log
 from fastapi import FastAPI
 
-from audit import event
 from keystore import Catalog, Hsm, Keystore
 from keystore.pkcs11 import TokenConfig, open_token
 from policy import Policy
@@ -68,7 +67,7 @@ class Executors:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def clock() -> int:
+def now() -> int:
     """Microseconds since the epoch."""
     return time.time_ns() // 1_000
 
@@ -109,8 +108,8 @@ class AuditSigner:
 
 
 @contextlib.asynccontextmanager
-async def wire(config: Config) -> AsyncIterator[Node]:
-    """A node that is ready to serve; leaving the block drains it and closes its chain."""
+async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterator[Node]:
+    """A node that is ready to serve; leaving the block drains it and closes its chain. `clock` gives microseconds."""
     async with contextlib.AsyncExitStack() as stack:
         engine = open_engine(config.database.url)
         stack.callback(engine.dispose)
@@ -155,10 +154,13 @@ async def wire(config: Config) -> AsyncIterator[Node]:
         )
         await kms.load_tenant_secrets()
         await kms.note("start")
+        def seconds() -> float:
+            return clock() / 1e6
+
         identity = Authenticator(
             ApiTokenProvider(tokens),
-            OidcProvider(config.oidc, clock=time.time),
-            MtlsProvider(lambda: kms.policy.registry, config.trust, clock=time.time),
+            OidcProvider(config.oidc, clock=seconds),
+            MtlsProvider(lambda: kms.policy.registry, config.trust, clock=seconds),
         )
         health = Health(kms, hsms, ping=lambda: ping(engine))
         await health.check_hsms()
@@ -206,5 +208,3 @@ def distribution_digest() -> str:
     lines = sorted(f"{f} {f.hash.value if f.hash else ''}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-
-__all__ = ["Node", "distribution_digest", "event", "poll", "token_configs", "version", "wire"]

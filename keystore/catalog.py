@@ -1,0 +1,418 @@
+"""The key tables, and the class that owns them. Nothing else reads or writes them.
+
+Rows hold wrapped blobs and metadata, each under an HSM-keyed MAC (`keystore.rowmac`); a row changed here behind the
+service's back is found before its blob reaches an HSM. One counter row, `keystore_epoch`, rises with every change, so
+that other workers notice.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine
+
+from keystore.key import (
+    AliasInUse,
+    Key,
+    KeyNotFound,
+    KeySpec,
+    KeyState,
+    KeyUsage,
+    KeyVersion,
+    Rotation,
+    StaleKey,
+)
+
+tables: Final = sa.MetaData()
+
+_key: Final = sa.Table(
+    "keystore_key",
+    tables,
+    sa.Column("key_id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("spec", sa.String(16), nullable=False),
+    sa.Column("usage", sa.String(16), nullable=False),
+    sa.Column("suite", sa.Integer, nullable=False),
+    sa.Column("tier", sa.Integer, nullable=False),
+    sa.Column("home", sa.String(64), nullable=False),
+    sa.Column("places", sa.Text, nullable=False),  # JSON: the six place and tenant sets
+    sa.Column("purposes", sa.Text, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("kv", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.Column("origin", sa.String(16), nullable=False),
+    sa.Column("non_exportable", sa.Boolean, nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("tags", sa.Text, nullable=False),
+    sa.Column("max_age", sa.BigInteger),
+    sa.Column("max_uses", sa.BigInteger),
+    sa.Column("min_decrypt_version", sa.Integer, nullable=False),
+    sa.Column("min_encrypt_version", sa.Integer, nullable=False),
+    sa.Column("delete_at", sa.BigInteger),
+    sa.Column("mac", sa.LargeBinary, nullable=False),
+)
+sa.Index("keystore_key_tenant", _key.c.tenant, _key.c.key_id)
+
+_version: Final = sa.Table(
+    "keystore_version",
+    tables,
+    sa.Column("key_id", sa.String(36), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("object_id", sa.String(36), nullable=False, unique=True),
+    sa.Column("mechanism", sa.String(64), nullable=False),
+    sa.Column("kek", sa.String(36), nullable=False),
+    sa.Column("blob", sa.LargeBinary, nullable=False),
+    sa.Column("public", sa.LargeBinary, nullable=False),
+    sa.Column("mac", sa.LargeBinary, nullable=False),
+    sa.Column("uses", sa.BigInteger, nullable=False, server_default="0"),
+)
+
+_alias: Final = sa.Table(
+    "keystore_alias",
+    tables,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("alias", sa.String(128), primary_key=True),
+    sa.Column("key_id", sa.String(36), nullable=False),
+)
+
+_epoch: Final = sa.Table(
+    "keystore_epoch",
+    tables,
+    sa.Column("one", sa.Integer, primary_key=True),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+)
+
+_secret: Final = sa.Table(
+    "keystore_tenant_secret",
+    tables,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("generation", sa.Integer, primary_key=True),
+    sa.Column("object_id", sa.String(36), nullable=False),
+    sa.Column("mechanism", sa.String(64), nullable=False),
+    sa.Column("kek", sa.String(36), nullable=False),
+    sa.Column("blob", sa.LargeBinary, nullable=False),
+    sa.Column("mac", sa.LargeBinary, nullable=False),
+)
+
+_SETS: Final = ("residency", "execution", "reach", "egress", "failover", "shared_with")
+
+
+@dataclass(frozen=True, slots=True)
+class ListFilter:
+    """Which keys of a tenant to list; None means any."""
+
+    state: str | None = None  # as the API names it
+    tier: int | None = None
+    usage: str | None = None
+    region: str | None = None
+    tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class SecretRow:
+    """A tenant's wrapped audit key as stored."""
+
+    tenant: str
+    generation: int
+    object_id: uuid.UUID
+    mechanism: str
+    kek: uuid.UUID
+    blob: bytes = field(repr=False)
+    mac: bytes = field(repr=False)
+
+
+class Catalog:
+    """Reads on connections of its own; writes only on the connection it is given, inside the caller's transaction."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # ---- reading ---------------------------------------------------------------------------------------------
+
+    def epoch(self) -> int:
+        """The number of changes so far."""
+        with self._engine.connect() as c:
+            return int(c.execute(sa.select(_epoch.c.epoch)).scalar() or 0)
+
+    def key(self, key_id: uuid.UUID) -> Key:
+        """The key with this id, whoever owns it; KeyNotFound if there is none."""
+        with self._engine.connect() as c:
+            found = self._keys(c, sa.select(_key).where(_key.c.key_id == str(key_id)))
+        if not found:
+            raise KeyNotFound("no such key")
+        return found[0]
+
+    def alias(self, tenant: str, alias: str) -> uuid.UUID:
+        """The key an alias points to; KeyNotFound if there is none."""
+        wanted = sa.select(_alias.c.key_id).where(_alias.c.tenant == tenant, _alias.c.alias == alias)
+        with self._engine.connect() as c:
+            found = c.execute(wanted).scalar()
+        if found is None:
+            raise KeyNotFound("no such key")
+        return uuid.UUID(found)
+
+    def keys(self, tenant: str, wanted: ListFilter, *, after: uuid.UUID | None, limit: int) -> list[Key]:
+        """Up to `limit` keys of a tenant after an id, in the order of ids."""
+        chosen = sa.select(_key).where(_key.c.tenant == tenant).order_by(_key.c.key_id)
+        if wanted.tier is not None:
+            chosen = chosen.where(_key.c.tier == wanted.tier)
+        if wanted.usage is not None:
+            chosen = chosen.where(_key.c.usage == wanted.usage)
+        if wanted.region is not None:
+            chosen = chosen.where(_key.c.home == wanted.region)
+        found: list[Key] = []
+        with self._engine.connect() as c:
+            # State and tags are read from the row's JSON and dates, so they are filtered here, page by page.
+            position = after
+            while len(found) < limit:
+                page = chosen if position is None else chosen.where(_key.c.key_id > str(position))
+                rows = self._keys(c, page.limit(limit))
+                found += [k for k in rows if _matches(k, wanted)]
+                if len(rows) < limit:
+                    break
+                position = rows[-1].id
+        return found[:limit]
+
+    def aliases(self, tenant: str, *, after: str | None, limit: int) -> list[tuple[str, uuid.UUID]]:
+        """Up to `limit` aliases of a tenant after a name, in the order of names."""
+        chosen = sa.select(_alias.c.alias, _alias.c.key_id).where(_alias.c.tenant == tenant)
+        if after is not None:
+            chosen = chosen.where(_alias.c.alias > after)
+        with self._engine.connect() as c:
+            rows = c.execute(chosen.order_by(_alias.c.alias).limit(limit)).all()
+        return [(name, uuid.UUID(key)) for name, key in rows]
+
+    def rotating(self) -> list[Key]:
+        """Active keys that rotate by themselves, or must (suite 0x0002 counts its nonces)."""
+        wanted = sa.select(_key).where(
+            _key.c.state == str(KeyState.ACTIVE),
+            _key.c.delete_at.is_(None),
+            _key.c.max_age.is_not(None) | _key.c.max_uses.is_not(None) | (_key.c.suite == 2),
+        )
+        with self._engine.connect() as c:
+            return self._keys(c, wanted)
+
+    def deletions_due(self, now: int) -> list[Key]:
+        """Keys whose waiting time is over."""
+        wanted = sa.select(_key).where(_key.c.delete_at <= now, _key.c.state != str(KeyState.DESTROYED))
+        with self._engine.connect() as c:
+            return self._keys(c, wanted)
+
+    def secret(self, tenant: str) -> SecretRow | None:
+        """The newest audit key of a tenant."""
+        wanted = sa.select(_secret).where(_secret.c.tenant == tenant).order_by(_secret.c.generation.desc()).limit(1)
+        with self._engine.connect() as c:
+            row = c.execute(wanted).mappings().first()
+        if row is None:
+            return None
+        return SecretRow(
+            row["tenant"],
+            row["generation"],
+            uuid.UUID(row["object_id"]),
+            row["mechanism"],
+            uuid.UUID(row["kek"]),
+            row["blob"],
+            row["mac"],
+        )
+
+    # ---- writing ---------------------------------------------------------------------------------------------
+
+    def insert(self, c: Connection, key: Key) -> None:
+        """A new key with its versions."""
+        c.execute(sa.insert(_key), [_key_values(key)])
+        c.execute(sa.insert(_version), [_version_values(key.id, v) for v in key.versions])
+        self._bump(c)
+
+    def update(self, c: Connection, key: Key, *, was: int, versions: Iterable[KeyVersion] = ()) -> None:
+        """The key's new row and changed or added versions; StaleKey if the row is no longer at `was`."""
+        values = _key_values(key)
+        changed = c.execute(
+            sa.update(_key).where(_key.c.key_id == values.pop("key_id"), _key.c.kv == was).values(values)
+        )
+        if changed.rowcount != 1:
+            raise StaleKey(f"key {key.id} changed meanwhile; read it again")
+        for version in versions:
+            row = _version_values(key.id, version)
+            there = (_version.c.key_id == row["key_id"]) & (_version.c.number == row["number"])
+            keep = {k: v for k, v in row.items() if k not in {"key_id", "number", "uses"}}
+            if c.execute(sa.update(_version).where(there).values(keep)).rowcount != 1:
+                c.execute(sa.insert(_version), [row])
+        self._bump(c)
+
+    def erase(self, c: Connection, key_id: uuid.UUID) -> None:
+        """Overwrite every blob of a key before its rows are emptied, so that no page keeps the old bytes."""
+        rows = c.execute(
+            sa.select(_version.c.number, sa.func.length(_version.c.blob)).where(_version.c.key_id == str(key_id))
+        ).all()
+        for number, length in rows:
+            there = (_version.c.key_id == str(key_id)) & (_version.c.number == number)
+            c.execute(sa.update(_version).where(there).values(blob=bytes(length)))
+
+    def put_alias(self, c: Connection, tenant: str, alias: str, key_id: uuid.UUID, *, fresh: bool) -> None:
+        """Point an alias to a key; AliasInUse if it must be a new one and is not."""
+        there = (_alias.c.tenant == tenant) & (_alias.c.alias == alias)
+        if c.execute(sa.select(_alias.c.key_id).where(there)).scalar() is not None:
+            if fresh:
+                raise AliasInUse("the alias exists already")
+            c.execute(sa.update(_alias).where(there).values(key_id=str(key_id)))
+        else:
+            c.execute(sa.insert(_alias), [{"tenant": tenant, "alias": alias, "key_id": str(key_id)}])
+        self._bump(c)
+
+    def delete_alias(self, c: Connection, tenant: str, alias: str) -> None:
+        """Remove an alias; KeyNotFound if there is none."""
+        there = (_alias.c.tenant == tenant) & (_alias.c.alias == alias)
+        if c.execute(sa.delete(_alias).where(there)).rowcount != 1:
+            raise KeyNotFound("no such alias")
+        self._bump(c)
+
+    def insert_secret(self, row: SecretRow) -> None:
+        """A tenant's new audit key, in a transaction of its own; an equal generation of another worker wins."""
+        with self._engine.begin() as c:
+            there = (_secret.c.tenant == row.tenant) & (_secret.c.generation == row.generation)
+            if c.execute(sa.select(_secret.c.tenant).where(there)).scalar() is None:
+                c.execute(
+                    sa.insert(_secret),
+                    [
+                        {
+                            "tenant": row.tenant,
+                            "generation": row.generation,
+                            "object_id": str(row.object_id),
+                            "mechanism": row.mechanism,
+                            "kek": str(row.kek),
+                            "blob": row.blob,
+                            "mac": row.mac,
+                        }
+                    ],
+                )
+
+    def lease_uses(self, key_id: uuid.UUID, number: int, count: int) -> int:
+        """Count `count` more uses of a version before they happen; the total so far. Its own transaction."""
+        there = (_version.c.key_id == str(key_id)) & (_version.c.number == number)
+        with self._engine.begin() as c:
+            c.execute(sa.update(_version).where(there).values(uses=_version.c.uses + count))
+            return int(c.execute(sa.select(_version.c.uses).where(there)).scalar_one())
+
+    # ---- rows ------------------------------------------------------------------------------------------------
+
+    def _bump(self, c: Connection) -> None:
+        if c.execute(sa.update(_epoch).values(epoch=_epoch.c.epoch + 1)).rowcount == 0:
+            c.execute(sa.insert(_epoch), [{"one": 1, "epoch": 1}])
+
+    def _keys(self, c: Connection, chosen: sa.Select[Any]) -> list[Key]:
+        rows = c.execute(chosen).mappings().all()
+        if not rows:
+            return []
+        ids = [r["key_id"] for r in rows]
+        versions: dict[str, list[KeyVersion]] = {i: [] for i in ids}
+        for at in range(0, len(ids), 500):
+            wanted = (
+                sa.select(_version)
+                .where(_version.c.key_id.in_(ids[at : at + 500]))
+                .order_by(_version.c.key_id, _version.c.number)
+            )
+            for v in c.execute(wanted).mappings():
+                versions[v["key_id"]].append(_to_version(v))
+        return [_to_key(r, tuple(versions[r["key_id"]])) for r in rows]
+
+
+def _matches(key: Key, wanted: ListFilter) -> bool:
+    state = wanted.state is None or key.api_state == wanted.state
+    return state and all(key.tags.get(n) == v for n, v in wanted.tags.items())
+
+
+def _key_values(key: Key) -> dict[str, Any]:
+    return {
+        "key_id": str(key.id),
+        "tenant": key.tenant,
+        "spec": str(key.spec),
+        "usage": str(key.usage),
+        "suite": key.suite,
+        "tier": key.tier,
+        "home": key.home,
+        "places": json.dumps({name: sorted(getattr(key, name)) for name in _SETS}),
+        "purposes": json.dumps(list(key.purposes)),
+        "state": str(key.state),
+        "kv": key.kv,
+        "created_at": key.created_at,
+        "updated_at": key.updated_at,
+        "origin": key.origin,
+        "non_exportable": key.non_exportable,
+        "description": key.description,
+        "tags": json.dumps(dict(key.tags)),
+        "max_age": key.rotation.max_age,
+        "max_uses": key.rotation.max_uses,
+        "min_decrypt_version": key.min_decrypt_version,
+        "min_encrypt_version": key.min_encrypt_version,
+        "delete_at": key.delete_at,
+        "mac": key.mac,
+    }
+
+
+def _to_key(r: Any, versions: tuple[KeyVersion, ...]) -> Key:
+    sets = {name: frozenset(values) for name, values in json.loads(r["places"]).items()}
+    return Key(
+        id=uuid.UUID(r["key_id"]),
+        tenant=r["tenant"],
+        spec=KeySpec(r["spec"]),
+        usage=KeyUsage(r["usage"]),
+        suite=r["suite"],
+        tier=r["tier"],
+        home=r["home"],
+        purposes=tuple(json.loads(r["purposes"])),
+        state=KeyState(r["state"]),
+        kv=r["kv"],
+        created_at=r["created_at"],
+        updated_at=r["updated_at"],
+        versions=versions,
+        origin=r["origin"],
+        non_exportable=bool(r["non_exportable"]),
+        description=r["description"],
+        tags=MappingProxyType(json.loads(r["tags"])),
+        rotation=Rotation(r["max_age"], r["max_uses"]),
+        min_decrypt_version=r["min_decrypt_version"],
+        min_encrypt_version=r["min_encrypt_version"],
+        delete_at=r["delete_at"],
+        mac=r["mac"],
+        **sets,
+    )
+
+
+def _version_values(key_id: uuid.UUID, v: KeyVersion) -> dict[str, Any]:
+    return {
+        "key_id": str(key_id),
+        "number": v.number,
+        "state": str(v.state),
+        "created_at": v.created_at,
+        "object_id": str(v.object_id),
+        "mechanism": v.mechanism,
+        "kek": str(v.kek),
+        "blob": v.blob,
+        "public": v.public,
+        "mac": v.mac,
+        "uses": v.uses,
+    }
+
+
+def _to_version(r: Any) -> KeyVersion:
+    return KeyVersion(
+        number=r["number"],
+        state=KeyState(r["state"]),
+        created_at=r["created_at"],
+        object_id=uuid.UUID(r["object_id"]),
+        mechanism=r["mechanism"],
+        kek=uuid.UUID(r["kek"]),
+        blob=r["blob"],
+        public=r["public"],
+        mac=r["mac"],
+        uses=r["uses"],
+    )

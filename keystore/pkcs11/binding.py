@@ -1,0 +1,403 @@
+"""Calls into a PKCS#11 module.
+
+python-pkcs11 loads the module and describes its slots and tokens, in a subclass that initialises with
+CKF_OS_LOCKING_OK: as shipped it passes NULL ("one thread") and then releases the GIL round every call, and two threads
+crash SoftHSM. Sessions and objects are used through a thin ctypes layer over the same module, because every attribute
+must be said (python-pkcs11 adds and omits some), the number of CK_RV decides what is done, and each step must cost the
+fewest calls.
+
+LP64 Linux only; structure packing is ours. Every buffer whose address goes to C is owned by an object that outlives the
+call: a temporary gave silent wrong answers.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pkcs11 import _pkcs11
+from pkcs11.exceptions import PKCS11Error
+
+from keystore.pkcs11.errors import CkError
+
+if C.sizeof(C.c_ulong) != 8 or C.sizeof(C.c_void_p) != 8:
+    raise ImportError("the PKCS#11 binding supports 64-bit Linux (LP64) only")
+
+UL, PTR = C.c_ulong, C.c_void_p
+
+CKF_OS_LOCKING_OK: Final = 2
+CKF_RW_SESSION: Final = 2
+CKF_SERIAL_SESSION: Final = 4
+CKU_SO, CKU_USER = 0, 1
+USER_STATES: Final = (1, 3)  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
+
+# Position in CK_FUNCTION_LIST (PKCS#11 2.40, 5.4 and following) and number of arguments of the functions in use.
+FUNCTIONS: Final[Mapping[str, tuple[int, int]]] = {
+    "GetTokenInfo": (6, 2),
+    "OpenSession": (12, 5),
+    "CloseSession": (13, 1),
+    "GetSessionInfo": (15, 2),
+    "Login": (18, 4),
+    "CreateObject": (20, 4),
+    "DestroyObject": (22, 2),
+    "GetAttributeValue": (24, 4),
+    "SetAttributeValue": (25, 4),
+    "FindObjectsInit": (26, 3),
+    "FindObjects": (27, 4),
+    "FindObjectsFinal": (28, 1),
+    "EncryptInit": (29, 3),
+    "Encrypt": (30, 5),
+    "DecryptInit": (33, 3),
+    "Decrypt": (34, 5),
+    "SignInit": (42, 3),
+    "Sign": (43, 5),
+    "GenerateKey": (58, 5),
+    "GenerateKeyPair": (59, 8),
+    "WrapKey": (60, 6),
+    "UnwrapKey": (61, 8),
+    "GenerateRandom": (64, 3),
+}
+
+Attributes = Mapping[int, Any]
+
+
+class _InitArgs(C.Structure):
+    """CK_C_INITIALIZE_ARGS."""
+
+    _fields_ = [("mutex", PTR * 4), ("flags", UL), ("reserved", PTR)]
+
+
+class _Triple(C.Structure):
+    """CK_ATTRIBUTE and CK_MECHANISM have one layout."""
+
+    _fields_ = [("type", UL), ("p", PTR), ("n", UL)]
+    keep: Any  # the buffers that `p` points into
+
+
+class _Gcm(C.Structure):
+    """CK_GCM_PARAMS."""
+
+    _fields_ = [
+        ("p_iv", PTR),
+        ("iv_len", UL),
+        ("iv_bits", UL),
+        ("p_aad", PTR),
+        ("aad_len", UL),
+        ("tag_bits", UL),
+    ]
+    keep: Any
+    iv: Any
+
+
+class _Pss(C.Structure):
+    """CK_RSA_PKCS_PSS_PARAMS."""
+
+    _fields_ = [("hash", UL), ("mgf", UL), ("salt", UL)]
+
+
+class LockingLib(_pkcs11.lib):  # type: ignore[misc]
+    """python-pkcs11's library object, initialised for threads. One per process and module, made after fork or spawn."""
+
+    def __new__(cls, path: str, reserved: bytes | None = None) -> LockingLib:
+        return super().__new__(cls, path)  # type: ignore[no-any-return]
+
+    def __init__(self, path: str, reserved: bytes | None = None) -> None:
+        self._ready = False
+        self._args = _InitArgs(flags=CKF_OS_LOCKING_OK)
+        self._reserved = C.create_string_buffer(reserved) if reserved else None
+        if self._reserved is not None:
+            self._args.reserved = C.addressof(self._reserved)
+        super().__init__(path)  # calls initialize() below
+
+    def initialize(self) -> None:
+        """C_Initialize with OS locking. CRYPTOKI_ALREADY_INITIALIZED is an error: somebody did it, perhaps without."""
+        if self._ready:
+            return
+        self._dll = C.CDLL(self.so)
+        table = function_list(self._dll)
+        prototype = C.CFUNCTYPE(UL, PTR)
+        self._c_finalize = prototype(table[1])
+        if rv := prototype(table[0])(C.addressof(self._args)):
+            raise CkError(rv, "C_Initialize")
+        self._ready = True
+
+    def finalize(self) -> None:
+        """C_Finalize; whatever it answers, C_Initialize may follow."""
+        if self._ready:
+            self._ready = False
+            self._c_finalize(None)
+
+
+def function_list(dll: C.CDLL) -> Any:
+    """The module's CK_FUNCTION_LIST as an array of pointers; CK_VERSION before it is padded to eight bytes."""
+    dll.C_GetFunctionList.restype = UL
+    pointer = PTR()
+    if rv := dll.C_GetFunctionList(C.byref(pointer)):
+        raise CkError(rv, "C_GetFunctionList")
+    assert pointer.value is not None
+    return C.cast(pointer.value + 8, C.POINTER(PTR))
+
+
+def pack(value: Any) -> bytes:
+    """An attribute's value in C: CK_BBOOL, CK_ULONG, a list of CK_ULONG, text, or bytes as they are."""
+    match value:
+        case bool():
+            return b"\1" if value else b"\0"
+        case int():
+            return struct.pack("@L", value)
+        case list() | tuple():
+            return struct.pack(f"@{len(value)}L", *value)
+        case str():
+            return value.encode()
+    return bytes(value)
+
+
+def template(attributes: Attributes) -> Any:
+    """A CK_ATTRIBUTE array that owns its buffers; a mapping as value is a nested template (CKA_UNWRAP_TEMPLATE)."""
+    array = (_Triple * len(attributes))()
+    keep: list[Any] = []
+    for at, (number, value) in enumerate(attributes.items()):
+        if isinstance(value, Mapping):
+            buffer, size = template(value), C.sizeof(_Triple) * len(value)
+        else:
+            raw = pack(value)
+            buffer, size = C.create_string_buffer(raw, max(1, len(raw))), len(raw)
+        keep.append(buffer)
+        array[at] = _Triple(number, C.addressof(buffer), size)
+    array.keep = keep
+    return array
+
+
+def mechanism(number: int, parameter: Any = None) -> _Triple:
+    """A CK_MECHANISM; `parameter` is a ctypes object or None."""
+    if parameter is None:
+        return _Triple(number, None, 0)
+    made = _Triple(number, C.addressof(parameter), C.sizeof(parameter))
+    made.keep = parameter
+    return made
+
+
+def gcm(number: int, iv: bytes, aad: bytes) -> _Triple:
+    """CKM_AES_GCM with a 128-bit tag. The caller owns the IV buffer, so that a token may write into it."""
+    iv_buffer, aad_buffer = C.create_string_buffer(iv, len(iv)), C.create_string_buffer(aad, max(1, len(aad)))
+    parameter = _Gcm(
+        C.addressof(iv_buffer), len(iv), len(iv) * 8, C.addressof(aad_buffer) if aad else None, len(aad), 128
+    )
+    parameter.keep, parameter.iv = (iv_buffer, aad_buffer), iv_buffer
+    return mechanism(number, parameter)
+
+
+def pss(number: int, hash_mechanism: int, mgf: int, salt: int) -> _Triple:
+    """CKM_RSA_PKCS_PSS over a digest."""
+    return mechanism(number, _Pss(hash_mechanism, mgf, salt))
+
+
+Functions = Mapping[str, Callable[..., int]]
+
+
+class Module:
+    """One initialised module of this process. `calls` counts every PKCS#11 function called through it."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        reserved: bytes | None = None,
+        wrap: Callable[[Functions], Functions] = lambda functions: functions,
+    ) -> None:
+        self.path, self._pid = path, os.getpid()
+        self.calls = 0
+        self.lib = LockingLib(path, reserved)
+        table = function_list(self.lib._dll)
+        raw = {name: C.CFUNCTYPE(UL, *[PTR] * count)(table[at]) for name, (at, count) in FUNCTIONS.items()}
+        self.functions = wrap(raw)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call C_<name>; CkError with the number of its answer unless that is CKR_OK."""
+        self.calls += 1
+        if rv := self.functions[name](*arguments):
+            raise CkError(int(rv), "C_" + name)
+
+    def quietly(self, name: str, *arguments: Any) -> int:
+        """Call C_<name> where any answer will do."""
+        self.calls += 1
+        return int(self.functions[name](*arguments))
+
+    def check_process(self) -> None:
+        """A forked child shares login and sessions with its parent without either knowing: refuse loudly."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("the PKCS#11 module was loaded before fork; start workers as fresh processes")
+
+    def reinitialize(self) -> None:
+        """C_Finalize and C_Initialize. Only with no thread inside the module."""
+        self.calls += 2
+        self.lib.finalize()
+        self.lib.initialize()
+
+    def find_slot(self, label: str, serial: str | None) -> tuple[int, Any]:
+        """(slot id, token) of the one token with this label, and serial if given; CkError otherwise."""
+        self.calls += 2
+        try:
+            slots = self.lib.get_slots(token_present=True)
+            tokens = [(s.slot_id, s.get_token()) for s in slots]
+        except PKCS11Error as error:
+            raise CkError(0xE0, f"C_GetTokenInfo ({type(error).__name__})") from error
+        found = [
+            (slot, t)
+            for slot, t in tokens
+            if t.label.strip() == label and (not serial or t.serial.decode("ascii", "replace").strip() == serial)
+        ]
+        if len(found) != 1:
+            raise CkError(0xE0, f"find token {label!r}: {len(found)} present")
+        return int(found[0][0]), found[0][1]
+
+    def open(self, slot: int, *, write: bool) -> Session:
+        """A session without a login of its own: login belongs to the application."""
+        handle = UL()
+        flags = CKF_SERIAL_SESSION | (CKF_RW_SESSION if write else 0)
+        self.call("OpenSession", slot, flags, None, None, C.addressof(handle))
+        return Session(self, handle.value)
+
+
+_modules: dict[str, Module] = {}
+_modules_lock = threading.Lock()
+
+
+def module(path: str, reserved: bytes | None = None) -> Module:
+    """This process's module at a path: several tokens of one vendor are slots of one module."""
+    with _modules_lock:
+        if path not in _modules:
+            _modules[path] = Module(path, reserved=reserved)
+        found = _modules[path]
+    found.check_process()
+    return found
+
+
+def total_calls() -> int:
+    """PKCS#11 functions called by this process so far."""
+    return sum(m.calls for m in _modules.values())
+
+
+@dataclass(slots=True)
+class Session:
+    """One session, used by one thread at a time. Single-part operations only."""
+
+    module: Module
+    handle: int
+
+    def login(self, pin: bytes) -> None:
+        """C_Login as the user; already logged in is success."""
+        buffer = C.create_string_buffer(pin, len(pin))
+        rv = self.module.quietly("Login", self.handle, CKU_USER, C.addressof(buffer), len(pin))
+        C.memset(C.addressof(buffer), 0, len(pin))
+        if rv not in (0, 0x100):
+            raise CkError(rv, "C_Login")
+
+    def close(self) -> None:
+        """C_CloseSession without C_Logout, which would log out every session of the process."""
+        self.module.quietly("CloseSession", self.handle)
+
+    def state(self) -> int:
+        """CK_SESSION_INFO.state."""
+        info = (UL * 4)()
+        self.module.call("GetSessionInfo", self.handle, C.addressof(info))
+        return int(info[1])
+
+    def find(self, attributes: Attributes, limit: int = 2) -> list[int]:
+        """Up to `limit` object handles."""
+        wanted, found, count = template(attributes), (UL * limit)(), UL()
+        self.module.call("FindObjectsInit", self.handle, C.addressof(wanted), len(wanted))
+        try:
+            self.module.call("FindObjects", self.handle, C.addressof(found), limit, C.addressof(count))
+        finally:
+            self.module.quietly("FindObjectsFinal", self.handle)
+        return list(found[: count.value])
+
+    def get(self, handle: int, number: int, size: int = 4_096) -> bytes:
+        """One attribute's value; CkError if the token does not show it."""
+        buffer = C.create_string_buffer(size)
+        wanted = _Triple(number, C.addressof(buffer), size)
+        self.module.call("GetAttributeValue", self.handle, handle, C.addressof(wanted), 1)
+        if wanted.n > size:
+            raise CkError(0x5, "C_GetAttributeValue (a length beyond the buffer)")
+        return buffer.raw[: wanted.n]
+
+    def set(self, handle: int, attributes: Attributes) -> None:
+        """C_SetAttributeValue: the self-test asks for it to be refused."""
+        wanted = template(attributes)
+        self.module.call("SetAttributeValue", self.handle, handle, C.addressof(wanted), len(wanted))
+
+    def _out(self, name: str, size: int, *before: Any) -> bytes:
+        """Call with an output buffer sized beforehand. BUFFER_TOO_SMALL is not retried: the operation stays active."""
+        buffer, length = C.create_string_buffer(size), UL(size)
+        self.module.call(name, self.handle, *before, C.addressof(buffer), C.addressof(length))
+        if length.value > size:
+            raise CkError(0x5, f"C_{name} (a length beyond the buffer)")
+        return buffer.raw[: length.value]
+
+    def _operation(self, name: str, key: int, how: _Triple, data: bytes, size: int) -> bytes:
+        self.module.call(name + "Init", self.handle, C.addressof(how), key)
+        given = C.create_string_buffer(data, max(1, len(data)))
+        return self._out(name, size, C.addressof(given), len(data))
+
+    def encrypt(self, key: int, how: _Triple, data: bytes) -> bytes:
+        return self._operation("Encrypt", key, how, data, len(data) + 64)
+
+    def decrypt(self, key: int, how: _Triple, data: bytes) -> bytes:
+        return self._operation("Decrypt", key, how, data, len(data) + 64)
+
+    def sign(self, key: int, how: _Triple, data: bytes, size: int = 1_024) -> bytes:
+        return self._operation("Sign", key, how, data, size)
+
+    def _new(self, name: str, *arguments: Any) -> int:
+        handle = UL()
+        self.module.call(name, self.handle, *arguments, C.addressof(handle))
+        return int(handle.value)
+
+    def generate(self, how: _Triple, attributes: Attributes) -> int:
+        """C_GenerateKey; the handle it returned is used, never one found afterwards."""
+        wanted = template(attributes)
+        return self._new("GenerateKey", C.addressof(how), C.addressof(wanted), len(wanted))
+
+    def generate_pair(self, how: _Triple, public: Attributes, private: Attributes) -> tuple[int, int]:
+        """C_GenerateKeyPair: (public, private)."""
+        a, b, pub, priv = template(public), template(private), UL(), UL()
+        self.module.call(
+            "GenerateKeyPair",
+            *(self.handle, C.addressof(how), C.addressof(a), len(a), C.addressof(b), len(b)),
+            *(C.addressof(pub), C.addressof(priv)),
+        )
+        return int(pub.value), int(priv.value)
+
+    def create(self, attributes: Attributes) -> int:
+        """C_CreateObject: known values of the self-test only; no customer key enters a token in clear."""
+        wanted = template(attributes)
+        return self._new("CreateObject", C.addressof(wanted), len(wanted))
+
+    def wrap(self, how: _Triple, kek: int, key: int, size: int = 8_192) -> bytes:
+        return self._out("WrapKey", size, C.addressof(how), kek, key)
+
+    def unwrap(self, how: _Triple, kek: int, blob: bytes, attributes: Attributes) -> int:
+        wanted, given = template(attributes), C.create_string_buffer(blob, len(blob))
+        return self._new(
+            "UnwrapKey",
+            *(C.addressof(how), kek, C.addressof(given), len(blob), C.addressof(wanted), len(wanted)),
+        )
+
+    def destroy(self, handle: int) -> None:
+        self.module.call("DestroyObject", self.handle, handle)
+
+    def random(self, length: int) -> bytes:
+        buffer = C.create_string_buffer(length)
+        self.module.call("GenerateRandom", self.handle, C.addressof(buffer), length)
+        return buffer.raw
+
+
+def handles(found: Iterable[int] | Sequence[int]) -> list[int]:
+    """Object handles as a list."""
+    return list(found)

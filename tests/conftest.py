@@ -1,0 +1,76 @@
+"""Fixtures that several suites share: a prepared node, the node in this process, the node as users run it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import Files, Lab, Served, lab_of, prepared, served
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def dev_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """What `skms dev up` prepares, with tokens in two regions; nothing runs."""
+    from service.dev import prepare
+
+    directory = tmp_path_factory.mktemp("dev") / "node"
+    prepare(directory, regions=("eu-de-1",), port=0)
+    return prepared(directory)
+
+
+@pytest.fixture(scope="session")
+async def lab(dev_files: Files) -> AsyncIterator[Lab]:
+    """The node, wired in this process."""
+    async with lab_of(dev_files) as made:
+        yield made
+
+
+@pytest.fixture
+async def elsewhere(lab: Lab, dev_files: Files) -> AsyncIterator[Lab]:
+    """A second node over the same database and tokens that stands in eu-fr-1."""
+    config = dataclasses.replace(
+        dev_files.config,
+        node=dataclasses.replace(dev_files.config.node, name="n1", region="eu-fr-1"),
+    )
+    async with lab_of(dataclasses.replace(dev_files, config=config)) as made:
+        yield made
+
+
+@pytest.fixture
+def pkcs11_calls(lab: Lab) -> Callable[[], int]:
+    """How many PKCS#11 functions this process has called so far."""
+    return lambda: lab.node.pkcs11_calls()
+
+
+class Database:
+    """Changes behind the service's back, as a database owner would make them."""
+
+    def __init__(self, path: Path, lab: Lab) -> None:
+        self.path, self._lab = path, lab
+
+    def forge_key_row(self, key: str) -> None:
+        """Lower a key's tier without its row MAC, and let the service see it."""
+        with sqlite3.connect(self.path, timeout=10) as db:
+            db.execute("UPDATE keystore_key SET tier = 3 WHERE key_id = ?", (key,))
+            db.execute("UPDATE keystore_epoch SET epoch = epoch + 1")
+        self._lab.node.kms.keystore.poll()
+
+
+@pytest.fixture
+def database(lab: Lab) -> Database:
+    return Database(Path(lab.files.config.database.url.removeprefix("sqlite:///")), lab)
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A running development node."""
+    with served(tmp_path_factory.mktemp("served") / "node") as running:
+        yield running

@@ -1,0 +1,157 @@
+"""kill -9 of the serving process at random moments under load (R1).
+
+What was acknowledged must decrypt, what was answered must be in the log, and the chain must verify, every time.
+`make crash` runs 1,000 kills; the suite runs CRASH_KILLS (50).
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from harness import ROOT, Files, prepared, skms, start, stop, tls_of
+
+KILLS = int(os.environ.get("CRASH_KILLS", "50"))
+READY_S = 3.0
+RECEIPT = re.compile(r'log="([^"]+)", seq=(\d+), leaf=:([A-Za-z0-9+/=]+):')
+
+
+@dataclass
+class History:
+    """What clients were told: every acknowledged ciphertext and every receipt."""
+
+    acknowledged: list[tuple[str, bytes]] = field(default_factory=list)
+    receipts: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def launch(files: Files, log: Path) -> tuple[subprocess.Popen[bytes], float]:
+    """Start the worker; seconds until it was ready."""
+    begun = time.monotonic()
+    with log.open("ab") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli.main", "serve", "--config", str(files.config_file)],
+            stdout=sink,
+            stderr=sink,
+            cwd=ROOT,
+        )
+    probe = httpx.Client(base_url=files.url, verify=tls_of(files, None), timeout=2)
+    while time.monotonic() - begun < 30:
+        if process.poll() is not None:
+            break
+        try:
+            if probe.get("/readyz").status_code == 200:
+                return process, time.monotonic() - begun
+        except httpx.TransportError:
+            pass
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError("not ready:\n" + log.read_text()[-3_000:])
+
+
+def load(files: Files, key: str, history: History, until: threading.Event, seed: int) -> None:
+    """Encrypt until the process dies; note what was acknowledged."""
+    chooser = random.Random(seed)
+    with httpx.Client(base_url=files.url, verify=tls_of(files, "health-eu-de-1"), timeout=5) as client:
+        while not until.is_set():
+            data = chooser.randbytes(chooser.randrange(1, 2_000))
+            try:
+                answer = client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": base64.b64encode(data).decode()})
+            except httpx.TransportError:
+                return
+            if answer.status_code == 200:
+                with history.lock:
+                    history.acknowledged.append((answer.json()["ciphertext"], data))
+                    history.receipts.append(answer.headers["audit-receipt"])
+
+
+def check(files: Files, history: History, directory: Path) -> None:
+    """Everything acknowledged opens; everything receipted is in a log that verifies."""
+    with httpx.Client(base_url=files.url, verify=tls_of(files, "health-eu-de-1"), timeout=30) as client:
+        for at in range(0, len(history.acknowledged), 500):
+            part = history.acknowledged[at : at + 500]
+            body = {"items": [{"ciphertext": c} for c, _ in part]}
+            answer = client.post("/v1/batch/decrypt", json=body)
+            assert answer.status_code == 200, answer.text
+            for (_, data), result in zip(part, answer.json()["results"], strict=True):
+                assert result["status"] == 200, result
+                assert base64.b64decode(result["result"]["plaintext"]) == data
+    verified = skms("audit", "verify", "--config", str(files.config_file))
+    assert verified.returncode == 0, verified.stdout.decode() + verified.stderr.decode()
+
+
+def check_receipts(files: Files, history: History, directory: Path) -> None:
+    """Every receipt handed out stands in an export that the offline verifier accepts."""
+    export = directory / "export"
+    exported = skms("audit", "export", "--config", str(files.config_file), "--to", str(export))
+    assert exported.returncode == 0, exported.stderr.decode()
+    receipts = directory / "receipts.txt"
+    receipts.write_text("".join(f"{r}\n" for r in history.receipts))
+    verdict = subprocess.run(
+        [
+            *(sys.executable, "-m", "audit.verify", str(export), "--trust", str(export / "trust.txt")),
+            *("--receipts", str(receipts)),
+        ],
+        capture_output=True,
+        cwd=ROOT,
+    )
+    assert verdict.returncode == 0, verdict.stdout.decode() + verdict.stderr.decode()
+
+
+@pytest.mark.timeout(7_200)
+def test_R1_no_acknowledged_operation_is_lost_when_the_process_is_killed(tmp_path: Path) -> None:
+    node = start(tmp_path / "node")
+    stop(node.process)
+    files = prepared(tmp_path / "node")
+    chooser = random.Random(20_261_124)
+    history, ready = History(), []
+    process, took = launch(files, tmp_path / "serve.log")
+    with httpx.Client(base_url=files.url, verify=tls_of(files, "health-operator"), timeout=10) as operator:
+        made = operator.post(
+            "/v1/keys",
+            json={"spec": "AES_256", "tier": 2, "home": "eu-de-1"},
+            headers={"Idempotency-Key": "crash"},
+        )
+        assert made.status_code == 201, made.text
+        key = made.json()["id"]
+    try:
+        for kill in range(KILLS):
+            until, fresh = threading.Event(), History()
+            threads = [
+                threading.Thread(target=load, args=(files, key, fresh, until, kill * 10 + n)) for n in range(4)
+            ]
+            for thread in threads:
+                thread.start()
+            time.sleep(chooser.uniform(0.05, 0.8))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            until.set()
+            for thread in threads:
+                thread.join(10)
+            process, took = launch(files, tmp_path / "serve.log")
+            ready.append(took)
+            check(files, fresh, tmp_path)
+            history.acknowledged += fresh.acknowledged
+            history.receipts += fresh.receipts
+        check_receipts(files, history, tmp_path)
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert len(history.acknowledged) > KILLS, "the load did not load"
+    print(
+        f"{KILLS} kills, {len(history.acknowledged)} acknowledged, ready after median "
+        f"{statistics.median(ready):.2f} s, worst {max(ready):.2f} s"
+    )
+    assert statistics.median(ready) <= READY_S

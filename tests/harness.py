@@ -1,0 +1,224 @@
+"""A whole node for tests: the development node's own files, tokens and policy, served in process or as a process.
+
+In process, requests take the whole way except the socket: the harness puts the client certificate where the TLS layer
+puts it. `served` runs the same node as users do, by `skms dev up`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from service.config import Config, load
+from service.wiring import Node, now, wire
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One certificate of the development node."""
+
+    name: str
+    role: str
+    tenant: str | None
+    region: str
+    cert_file: Path
+    key_file: Path
+
+
+@dataclass
+class Files:
+    """A prepared development node that is not running."""
+
+    directory: Path
+    config: Config
+    config_file: Path
+    environment: dict[str, Any]
+    identities: dict[str, Identity]
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.config.listen.port}"
+
+
+def identities(environment: dict[str, Any]) -> dict[str, Identity]:
+    return {
+        i["name"]: Identity(
+            i["name"], i["role"], i.get("tenant"), i["region"], Path(i["cert_file"]), Path(i["key_file"])
+        )
+        for i in environment["identities"]
+    }
+
+
+class Certified(httpx.AsyncBaseTransport):
+    """ASGI transport that adds what the TLS layer knows of the client."""
+
+    def __init__(self, app: Any, certificate: str | None, source: str = "127.0.0.1") -> None:
+        self._certificate = certificate
+
+        async def with_tls(scope: Any, receive: Any, send: Any) -> None:
+            chain = [] if self._certificate is None else [self._certificate]
+            scope["extensions"] = {"tls": {"client_cert_chain": chain, "tls_version": 0x0304}}
+            await app(scope, receive, send)
+
+        self._inner = httpx.ASGITransport(with_tls, client=(source, 40_000), raise_app_exceptions=True)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await self._inner.handle_async_request(request)
+
+
+@dataclass
+class Shifted:
+    """The real clock, and how far a test has moved it (microseconds)."""
+
+    ahead: int = 0
+
+    def __call__(self) -> int:
+        return now() + self.ahead
+
+
+@dataclass
+class Lab:
+    """A wired node in this process."""
+
+    node: Node
+    files: Files
+    clock: Shifted
+    _clients: dict[str, httpx.AsyncClient] = field(default_factory=dict)
+
+    def client(self, name: str | None, **headers: str) -> httpx.AsyncClient:
+        """A client with the certificate of this identity; None for a caller without one."""
+        if name in self._clients and not headers:
+            return self._clients[name]
+        pem = None if name is None else self.files.identities[name].cert_file.read_text()
+        made = httpx.AsyncClient(
+            transport=Certified(self.node.app, pem), base_url="https://127.0.0.1", headers=headers, timeout=30
+        )
+        if name is not None and not headers:
+            self._clients[name] = made
+        return made
+
+
+@contextlib.asynccontextmanager
+async def lab_of(files: Files) -> AsyncIterator[Lab]:
+    """Wire the node in this process for the block."""
+    clock = Shifted()
+    async with wire(files.config, clock=clock) as node:
+        yield Lab(node, files, clock)
+
+
+@dataclass
+class Served:
+    """A running `skms dev up`."""
+
+    directory: Path
+    process: subprocess.Popen[bytes]
+    environment: dict[str, Any]
+
+    @property
+    def identities(self) -> dict[str, Identity]:
+        return identities(self.environment)
+
+    @property
+    def url(self) -> str:
+        return str(self.environment["base_url"])
+
+    def tls(self, name: str | None) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self.environment["ca_file"])
+        if name is not None:
+            who = self.identities[name]
+            context.load_cert_chain(who.cert_file, who.key_file)
+        return context
+
+    def client(self, name: str | None, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, verify=self.tls(name), timeout=30, **options)
+
+    def async_client(self, name: str | None, **options: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, verify=self.tls(name), timeout=30, **options)
+
+
+def skms(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run the command line as a user does."""
+    return subprocess.run([sys.executable, "-m", "service.cli.main", *arguments], capture_output=True, **options)
+
+
+def start(directory: Path, *arguments: str, timeout: float = 60.0, log: Path | None = None) -> Served:
+    """Start `skms dev up` and wait until it is ready."""
+    sink = (log or directory.with_suffix(".log")).open("ab")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service.cli.main", "dev", "up", "--dir", str(directory), *arguments],
+        stdout=sink,
+        stderr=sink,
+        cwd=ROOT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+    )
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        asked = skms("dev", "env", "--dir", str(directory), "--json")
+        if asked.returncode == 0:
+            return Served(directory, process, json.loads(asked.stdout))
+        if process.poll() is not None:
+            break
+        time.sleep(0.2)
+    stop(process)
+    raise RuntimeError("the node did not become ready:\n" + Path(sink.name).read_text()[-4_000:])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a node and everything it started."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(5)
+
+
+@contextlib.contextmanager
+def served(directory: Path, *arguments: str) -> Iterator[Served]:
+    """A running development node for the block."""
+    node = start(directory, *arguments)
+    try:
+        yield node
+    finally:
+        stop(node.process)
+
+
+def prepared(directory: Path) -> Files:
+    """The configuration and identities that `skms dev up` made in a directory."""
+    environment = json.loads((directory / "env.json").read_text())
+    config_file = directory / "skms.toml"
+    return Files(directory, load(config_file), config_file, environment, identities(environment))
+
+
+def tls_of(files: Files, name: str | None) -> ssl.SSLContext:
+    """Trust of the development authority and the certificate of an identity."""
+    context = ssl.create_default_context(cafile=files.environment["ca_file"])
+    if name is not None:
+        context.load_cert_chain(files.identities[name].cert_file, files.identities[name].key_file)
+    return context
+
+
+async def new_key(lab: Lab, spec: str, *, tenant: str = "health", **body: Any) -> str:
+    """The id of a fresh key of tier 2 in eu-de-1."""
+    wanted = {"spec": spec, "tier": 2, "home": "eu-de-1", **body}
+    headers = {"Idempotency-Key": uuid.uuid4().hex}
+    answer = await lab.client(f"{tenant}-operator").post("/v1/keys", json=wanted, headers=headers)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["id"])

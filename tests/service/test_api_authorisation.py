@@ -1,0 +1,263 @@
+"""Authorisation and tenancy through the API (group A of the hardening list)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import uuid
+from typing import Any
+
+import pytest
+from harness import Lab, new_key
+
+from service.protocols.native import ROUTES
+from service.protocols.openapi import document
+
+B64 = base64.b64encode(b"hello").decode()
+
+
+def fresh() -> dict[str, str]:
+    return {"Idempotency-Key": uuid.uuid4().hex}
+
+
+def body_of(path: str, method: str, key: str, ciphertext: str, wrapped: str) -> dict[str, Any] | None:
+    """A well-formed body for every route that takes one."""
+    last = path.rsplit("/", 1)[-1]
+    if method in {"GET", "DELETE"}:
+        return None
+    if path == "/v1/keys":
+        return {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}
+    if path == "/v1/tokens":
+        return {"scopes": ["listKeys"]}
+    if path.startswith("/v1/batch/"):
+        item = body_of(f"/v1/keys/{{key}}/{last}", "POST", key, ciphertext, wrapped) or {}
+        if last in {"decrypt", "rewrap", "unwrap"}:
+            item = {"wrapped_key": wrapped} if last == "unwrap" else {"ciphertext": ciphertext}
+        else:
+            item = {**item, "key": key}
+        return {"items": [item]}
+    return {
+        "encrypt": {"plaintext": B64},
+        "decrypt": {"ciphertext": ciphertext},
+        "rewrap": {"ciphertext": ciphertext},
+        "unwrap": {"wrapped_key": wrapped},
+        "data-keys": {},
+        "sign": {"message": B64, "algorithm": "ECDSA_SHA_256"},
+        "verify": {"message": B64, "algorithm": "ECDSA_SHA_256", "signature": B64},
+        "mac": {"message": B64, "algorithm": "HMAC_SHA_256"},
+        "verify-mac": {"message": B64, "algorithm": "HMAC_SHA_256", "mac": B64},
+        "random": {"bytes": 16},
+        "schedule-deletion": {"wait": "P30D"},
+        "{key}": {"description": "x"},
+        "{name}": {"key": key},
+    }.get(last)
+
+
+class Things:
+    """One thing of each kind that tenant health owns."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+
+    async def make(self) -> Things:
+        workload = self.lab.client("health-eu-de-1")
+        self.key = await new_key(self.lab, "AES_256", alias=f"things-{uuid.uuid4().hex[:8]}")
+        made = await workload.post(f"/v1/keys/{self.key}/encrypt", json={"plaintext": B64})
+        self.ciphertext = made.json()["ciphertext"]
+        self.wrapped = (await workload.post(f"/v1/keys/{self.key}/data-keys", json={})).json()["wrapped_key"]
+        return self
+
+    def calls(self, key: str) -> list[tuple[str, str, dict[str, Any] | None]]:
+        found = []
+        for route in ROUTES:
+            if route.public:
+                continue
+            path = route.path.format(key=key, version=1, name="nothing", id="abcdefgh")
+            found.append((route.method, path, body_of(route.path, route.method, key, self.ciphertext, self.wrapped)))
+        return found
+
+
+async def send(lab: Lab, name: str, method: str, path: str, body: Any) -> Any:
+    headers = {**fresh(), "If-Match": '"1"'}
+    return await lab.client(name).request(method, path, json=body, headers=headers)
+
+
+@pytest.mark.anyio
+async def test_A_06_ids_of_another_tenant_answer_like_unknown_ones_on_every_route(lab: Lab) -> None:
+    things = await Things(lab).make()
+    unknown = str(uuid.uuid4())
+    compared = 0
+    for stranger in ("defence-eu-de-1", "defence-operator", "defence-officer", "defence-auditor", "platform"):
+        for (method, path, body), (_, path_unknown, body_unknown) in zip(
+            things.calls(things.key), things.calls(unknown), strict=True
+        ):
+            if things.key not in path and things.key not in json.dumps(body):
+                continue
+            theirs = await send(lab, stranger, method, path, body)
+            none = await send(lab, stranger, method, path_unknown, body_unknown)
+            shown = [
+                {k: v for k, v in a.json().items() if k not in {"request_id", "decision_id", "batch_id"}}
+                for a in (theirs, none)
+            ]
+            for answer in shown:
+                for item in answer.get("results", []):
+                    item.pop("receipt")
+                    item["problem"].pop("request_id")
+                    item["problem"].pop("decision_id")
+            assert theirs.status_code == none.status_code, (stranger, method, path)
+            assert shown[0] == shown[1], (stranger, method, path)
+            if "results" not in shown[0]:
+                assert not 200 <= theirs.status_code < 300, (stranger, method, path)
+            compared += 1
+    assert compared > 100
+
+
+@pytest.mark.anyio
+async def test_A_02_A_13_rotating_or_changing_anothers_key_is_404_and_changes_nothing(lab: Lab) -> None:
+    key = await new_key(lab, "AES_256")
+    before = (await lab.client("health-operator").get(f"/v1/keys/{key}")).json()
+    for path in ("rotate", "disable", "enable", "mark-compromised", "schedule-deletion", "cancel-deletion"):
+        answer = await send(lab, "defence-operator", "POST", f"/v1/keys/{key}/{path}", None if path != "schedule-deletion" else {})
+        assert answer.status_code == 404, (path, answer.text)
+    answer = await send(lab, "defence-operator", "PATCH", f"/v1/keys/{key}", {"description": "mine"})
+    assert answer.status_code == 404
+    assert (await lab.client("health-operator").get(f"/v1/keys/{key}")).json() == before
+
+
+@pytest.mark.anyio
+async def test_A_03_no_request_can_name_the_key_it_creates_or_take_over_anothers_name(lab: Lab) -> None:
+    key = await new_key(lab, "AES_256", alias="takeover")
+    body = {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}
+    for extra in ({"id": key}, {"tenant": "health"}, {"origin": "external"}, {"key_material": B64}):
+        answer = await lab.client("defence-operator").post("/v1/keys", json={**body, **extra}, headers=fresh())
+        assert answer.status_code == 422
+    mine = await lab.client("defence-operator").post("/v1/keys", json={**body, "alias": "takeover"}, headers=fresh())
+    assert mine.status_code == 201  # names are per tenant
+    assert mine.json()["id"] != key
+    again = await lab.client("health-operator").post("/v1/keys", json={**body, "alias": "takeover"}, headers=fresh())
+    assert (again.status_code, again.json()["code"]) == (409, "alias_in_use")
+    assert (await lab.client("health-operator").get("/v1/keys/alias/takeover")).json()["id"] == key
+
+
+@pytest.mark.anyio
+async def test_A_04_single_batch_and_dry_run_ask_the_same_policy(lab: Lab) -> None:
+    key = await new_key(lab, "AES_256")
+    far = lab.client("health-us-mkt-1")
+    single = await far.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
+    batch = await far.post("/v1/batch/encrypt", json={"items": [{"key": key, "plaintext": B64}]})
+    dry = await far.post(f"/v1/keys/{key}/encrypt?dry_run=true", json={"plaintext": B64})
+    assert single.json()["code"] == "region_not_allowed"
+    assert batch.json()["results"][0]["problem"]["code"] == "region_not_allowed"
+    assert dry.json()["decision"]["code"] == "region_not_allowed"
+
+
+@pytest.mark.anyio
+async def test_A_08_a_key_of_one_region_refuses_on_a_node_of_another(lab: Lab, elsewhere: Lab) -> None:
+    key = await new_key(lab, "AES_256")
+    signing = await new_key(lab, "EC_P256")
+    client = lab.client("health-eu-de-1")
+    made = (await client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})).json()["ciphertext"]
+    far = elsewhere.client("health-eu-de-1")
+    requests = [
+        ("POST", f"/v1/keys/{key}/encrypt", {"plaintext": B64}),
+        ("POST", "/v1/decrypt", {"ciphertext": made}),
+        ("POST", "/v1/rewrap", {"ciphertext": made}),
+        ("POST", f"/v1/keys/{key}/data-keys", {}),
+        ("POST", f"/v1/keys/{signing}/sign", {"message": B64, "algorithm": "ECDSA_SHA_256"}),
+        ("GET", f"/v1/keys/{signing}/public-key", None),
+    ]
+    for method, path, body in requests:
+        answer = await far.request(method, path, json=body)
+        assert (answer.status_code, answer.json()["code"]) == (403, "region_not_allowed"), (path, answer.text)
+    operator = elsewhere.client("health-operator")
+    rotated = await operator.post(f"/v1/keys/{key}/rotate", headers=fresh())
+    assert rotated.json()["code"] == "region_not_allowed"
+
+
+@pytest.mark.anyio
+async def test_A_12_only_named_fields_reach_the_policy(lab: Lab) -> None:
+    key = await new_key(lab, "AES_256")
+    far = lab.client("health-us-mkt-1")
+    for query in ("tenant=health", "region=eu-de-1", "project_id=x", "caller=eu-de-1", "proof=5"):
+        answer = await far.post(f"/v1/keys/{key}/encrypt?{query}", json={"plaintext": B64})
+        assert answer.status_code == 422
+    for field in ("tenant", "region", "caller", "proof", "roles", "places", "approvals", "attest", "via", "hsm"):
+        answer = await far.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64, field: "eu-de-1"})
+        assert answer.status_code == 422
+    # What a caller declares as destination can only widen, never narrow, where the plaintext may go.
+    made = await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
+    declared = {"ciphertext": made.json()["ciphertext"], "destination": ["us-mkt-1"]}
+    widened = await lab.client("health-eu-de-1").post("/v1/decrypt", json=declared)
+    assert (widened.status_code, widened.json()["rule"]) == (403, "SOV-DESTINATION")
+
+
+@pytest.mark.anyio
+async def test_A_22_nothing_succeeds_after_a_disable_was_answered(lab: Lab) -> None:
+    operator, client = lab.client("health-operator"), lab.client("health-eu-de-1")
+    for _ in range(5):
+        key = await new_key(lab, "AES_256")
+        stopped = asyncio.Event()
+        late: list[str] = []
+        outcomes: set[int] = set()
+
+        async def use(number: int) -> None:
+            for _ in range(3):
+                begun_after = stopped.is_set()
+                answer = await client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})  # noqa: B023
+                outcomes.add(answer.status_code)
+                if answer.status_code == 200 and (begun_after or stopped.is_set()):  # noqa: B023
+                    late.append(f"{number}: succeeded after the disable was answered")  # noqa: B023
+
+        async def stop() -> None:
+            await asyncio.sleep(0.02)
+            answer = await operator.post(f"/v1/keys/{key}/disable")  # noqa: B023
+            assert answer.status_code == 200
+            stopped.set()  # noqa: B023
+
+        await asyncio.gather(stop(), *(use(n) for n in range(200)))
+        assert not late, late[:3]
+        assert outcomes == {200, 409}
+
+
+@pytest.mark.anyio
+async def test_A_22_delete_and_rotate_race_with_use(lab: Lab) -> None:
+    operator, client = lab.client("health-operator"), lab.client("health-eu-de-1")
+    key = await new_key(lab, "AES_256")
+    path = f"/v1/keys/{key}"
+    made: list[str] = []
+    bad: list[str] = []
+
+    async def use() -> None:
+        for _ in range(3):
+            answer = await client.post(f"{path}/encrypt", json={"plaintext": B64})
+            if answer.status_code == 200:
+                made.append(answer.json()["ciphertext"])
+            elif answer.json()["code"] != "key_state_invalid":
+                bad.append(answer.text)
+
+    async def rotate() -> None:
+        for _ in range(5):
+            assert (await operator.post(f"{path}/rotate", headers=fresh())).status_code == 200
+
+    await asyncio.gather(rotate(), *(use() for _ in range(100)))
+    assert not bad, bad[:3]
+    for ciphertext in made[::10]:
+        assert (await client.post("/v1/decrypt", json={"ciphertext": ciphertext})).status_code == 200
+    tag = (await operator.get(path)).headers["etag"]
+
+    async def delete() -> None:
+        await asyncio.sleep(0.01)
+        answer = await operator.post(
+            f"{path}/schedule-deletion", json={"wait": "P7D"}, headers={**fresh(), "If-Match": tag}
+        )
+        assert answer.status_code == 200, answer.text
+
+    await asyncio.gather(delete(), *(use() for _ in range(100)))
+    assert not bad, bad[:3]
+    assert (await client.post(f"{path}/encrypt", json={"plaintext": B64})).status_code == 409
+
+
+def test_A_01_every_route_of_the_document_is_in_the_table() -> None:
+    described = {(m.upper(), p) for p, ops in document()["paths"].items() for m in ops}
+    assert described == {(r.method, r.path) for r in ROUTES}
