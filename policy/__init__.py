@@ -1,0 +1,38 @@
+"""Who may do what with which key, where: facts in, a decision with its rule out. Pure."""
+
+from policy.bundle import Bundle, BundleRefused, write_development
+from policy.engine import Policy
+from policy.places import Evidence, Member, Registry, UnknownPlace, Whereabouts, whereabouts
+from policy.request import (
+    Attest,
+    Caller,
+    Decision,
+    Denied,
+    InstallationFacts,
+    KeyFacts,
+    Request,
+    Resource,
+    TenantFacts,
+)
+
+__all__ = [
+    "Attest",
+    "Bundle",
+    "BundleRefused",
+    "Caller",
+    "Decision",
+    "Denied",
+    "Evidence",
+    "InstallationFacts",
+    "KeyFacts",
+    "Member",
+    "Policy",
+    "Registry",
+    "Request",
+    "Resource",
+    "TenantFacts",
+    "UnknownPlace",
+    "Whereabouts",
+    "whereabouts",
+    "write_development",
+]

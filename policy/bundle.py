@@ -1,0 +1,419 @@
+"""Policy bundles: a directory of Cedar text and YAML, read whole, hashed, linted and validated, or refused with a place.
+
+The digest stands in every record: SHA-256(`skms/policy/v1` || 00 || manifest), the manifest being the canonical JSON of
+format, version and every file's SHA-256. Nothing of a refused bundle is ever used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import cedarpy
+import yaml
+from pydantic import ValidationError
+
+from policy.places import NAME, Charter, Member, Registry
+
+SHIPPED: Final = Path(__file__).parent / "shipped"
+SCHEMA: Final = Path(__file__).parent / "schema.cedarschema"
+FORMAT: Final = 1
+MAX_FILE: Final = 1 << 20
+OBLIGATIONS: Final = frozenset({"seal-to-recipient", "audit-intent", "no-cache"})
+ROLES: Final = frozenset({"operator", "officer", "custodian", "auditor"})
+INSTALLATION_ROLES: Final = frozenset({"platform", "auditor"})
+KINDS: Final = ("use", "admin", "read", "meta")
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_LAYERS: Final = {"charter": 0, "installation": 0, "tenant": 1, "key": 2, "grant": 3}
+
+
+class BundleRefused(Exception):
+    """The bundle cannot be used: in which file, at which line (0: the file itself), and why."""
+
+    def __init__(self, file: str, line: int, reason: str) -> None:
+        super().__init__(f"{file}:{line}: {reason}")
+        self.file, self.line, self.reason = file, line, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One policy of the bundle and what its annotations say."""
+
+    id: str
+    file: str
+    effect: str
+    layer: int
+    code: str
+    disclosed: bool
+    obligations: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle that was read, hashed and found in order."""
+
+    digest: str
+    version: int
+    development: bool
+    files: Mapping[str, str]  # path -> SHA-256
+    text: str  # all Cedar policies, in the order of their files
+    rules: Mapping[str, Rule]  # by @id
+    groups: Mapping[str, frozenset[str]]  # action -> itself and its groups
+    registry: Registry
+    cases: tuple[Mapping[str, Any], ...]
+
+
+def read(directory: Path) -> Bundle:
+    """Read and check a bundle directory; BundleRefused names file, line and reason."""
+    directory = Path(directory)
+    if not (directory / "charter.yaml").is_file():
+        raise BundleRefused(str(directory / "charter.yaml"), 0, "the bundle has no charter.yaml")
+    files = {str(p.relative_to(directory)): _read(p, directory) for p in _files(directory)}
+    schema = SCHEMA.read_bytes()
+    hashes = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+    hashes["schema.cedarschema"] = hashlib.sha256(schema).hexdigest()
+    charter = _charter(files)
+    members: dict[str, Member] = {}
+    cases: list[Mapping[str, Any]] = []
+    rules: dict[str, Rule] = {}
+    texts: list[str] = []
+    order: list[Rule] = []
+    for path, data in files.items():
+        _placed(path, charter)
+        if path.endswith("members.yaml"):
+            _members(path, data, members)
+        elif path.startswith("cases/"):
+            cases += _list(path, _yaml(path, data), "cases")
+        elif path.endswith(".cedar"):
+            text = _text(path, data)
+            for rule in _rules(path, text):
+                if rule.id in rules:
+                    raise BundleRefused(path, _line(text, rule.id), f"@id {rule.id!r} stands in {rules[rule.id].file}")
+                rules[rule.id] = rule
+                order.append(rule)
+            texts.append(text)
+    _validate("\n".join(texts), order, files)
+    manifest = json.dumps(
+        {"files": hashes, "format": FORMAT, "version": charter.version}, sort_keys=True, separators=(",", ":")
+    )
+    return Bundle(
+        digest=hashlib.sha256(b"skms/policy/v1\0" + manifest.encode()).hexdigest(),
+        version=charter.version,
+        development=charter.development,
+        files=hashes,
+        text="\n".join(texts),
+        rules=rules,
+        groups=action_groups(),
+        registry=Registry(charter, members),
+        cases=tuple(cases),
+    )
+
+
+def action_groups() -> dict[str, frozenset[str]]:
+    """Every action of the schema with its groups; each is of exactly one kind: use, admin, read or meta."""
+    text = re.sub(r"//[^\n]*", "", SCHEMA.read_text())
+    found: dict[str, frozenset[str]] = {}
+    for names, groups in re.findall(r"action ([\w,\s]+?) in \[([\w,\s]+)\]", text):
+        parents = frozenset(g.strip() for g in groups.split(","))
+        if sum(kind in parents for kind in KINDS) != 1:
+            raise BundleRefused("schema.cedarschema", 0, f"actions {names}: exactly one of {', '.join(KINDS)}")
+        for name in names.split(","):
+            found[name.strip()] = parents | {name.strip()}
+    return found
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink():
+            raise BundleRefused(str(path.relative_to(directory)), 0, "links are not followed")
+        if path.is_file():
+            yield path
+
+
+def _read(path: Path, directory: Path) -> bytes:
+    if path.stat().st_size > MAX_FILE:
+        raise BundleRefused(str(path.relative_to(directory)), 0, f"larger than {MAX_FILE} bytes")
+    return path.read_bytes()
+
+
+def _text(path: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise BundleRefused(path, 0, "not UTF-8") from None
+
+
+def _yaml(path: str, data: bytes) -> Any:
+    try:
+        return yaml.safe_load(_text(path, data))
+    except yaml.MarkedYAMLError as error:
+        line = 0 if error.problem_mark is None else error.problem_mark.line + 1
+        raise BundleRefused(path, line, f"not YAML: {error.problem}") from None
+    except yaml.YAMLError:
+        raise BundleRefused(path, 0, "not YAML") from None
+
+
+def _list(path: str, value: Any, name: str) -> list[Any]:
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, list) or (isinstance(value, dict) and set(value) != {name}):
+        raise BundleRefused(path, 0, f"must hold a list {name!r} and nothing else")
+    return found
+
+
+def _charter(files: Mapping[str, bytes]) -> Charter:
+    raw = _yaml("charter.yaml", files["charter.yaml"])
+    if not isinstance(raw, dict):
+        raise BundleRefused("charter.yaml", 0, "must be a mapping")
+    try:
+        return Charter.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        hint = ""
+        if any(isinstance(part, bool) for part in first["loc"]) or isinstance(first.get("input"), bool):
+            hint = " (quote names: an unquoted NO is read as false)"
+        line = _yaml_line(_text("charter.yaml", files["charter.yaml"]), first["loc"])
+        raise BundleRefused("charter.yaml", line, f"{where}: {first['msg']}{hint}") from None
+
+
+def _yaml_line(text: str, where: Sequence[Any]) -> int:
+    """The line of the last named part of a location that can be found."""
+    lines, at = text.splitlines(), 0
+    for part in where:
+        for number in range(at, len(lines)):
+            if re.search(rf"(^|[\s{{,]){re.escape(str(part))}\s*:", lines[number]):
+                at = number
+                break
+    return at + 1 if where else 0
+
+
+def _placed(path: str, charter: Charter) -> None:
+    """Every file has a place in the layout; a file elsewhere is a mistake, not a comment."""
+    parts = path.split("/")
+    match parts:
+        case ["charter.yaml"]:
+            return
+        case ["charter" | "installation", name] if name.endswith(".cedar"):
+            return
+        case ["installation", "members.yaml"]:
+            return
+        case ["tenants", tenant, name] if name.endswith(".cedar") or name == "members.yaml":
+            if tenant not in charter.tenants:
+                raise BundleRefused(path, 0, f"tenant {tenant!r} is not in charter.yaml")
+            return
+        case ["keys", name] if name.endswith(".cedar") and _UUID.fullmatch(name.removesuffix(".cedar")):
+            return
+        case ["cases", name] if name.endswith(".yaml"):
+            return
+    raise BundleRefused(path, 0, "a bundle has no such file")
+
+
+def _members(path: str, data: bytes, members: dict[str, Member]) -> None:
+    parts = path.split("/")
+    tenant = parts[1] if parts[0] == "tenants" else None
+    allowed = ROLES if tenant is not None else INSTALLATION_ROLES
+    text = _text(path, data)
+    for entry in _list(path, _yaml(path, data), "members"):
+        good = isinstance(entry, dict) and set(entry) == {"id", "role", "person"}
+        if not good or not all(isinstance(v, str) for v in entry.values()):
+            raise BundleRefused(path, 0, "each member has id, role and person, all text")
+        line = _line_of(text, entry["id"])
+        if entry["role"] not in allowed:
+            raise BundleRefused(path, line, f"role {entry['role']!r}: one of {', '.join(sorted(allowed))}")
+        if not re.fullmatch(r"(mtls|oidc):[\x21-\x7e]{3,500}", entry["id"]) or "*" in entry["id"]:
+            raise BundleRefused(path, line, "id: kind:issuer:subject, printable ASCII, no wildcard")
+        if tenant is not None and entry["id"].startswith("mtls:"):
+            path_part = entry["id"].split(":", 2)[-1]
+            if not path_part.startswith(f"/{tenant}/"):
+                raise BundleRefused(path, line, f"the identity's path must begin with /{tenant}/")
+        if entry["id"] in members:
+            raise BundleRefused(path, line, "this identity is listed twice")
+        members[entry["id"]] = Member(tenant, entry["role"], entry["person"])
+
+
+def _line_of(text: str, needle: str) -> int:
+    at = text.find(needle)
+    return 0 if at < 0 else text.count("\n", 0, at) + 1
+
+
+def _line(text: str, rule: str) -> int:
+    return _line_of(text, f'@id("{rule}")')
+
+
+def _rules(path: str, text: str) -> Iterator[Rule]:
+    """The policies of one file, each linted for its layer."""
+    try:
+        parsed = json.loads(cedarpy.policies_to_json_str(text))
+    except ValueError as error:
+        raise BundleRefused(path, _error_line(text, str(error)), f"not Cedar: {error}") from None
+    if parsed.get("templates") or parsed.get("templateLinks"):
+        raise BundleRefused(path, _line_of(text, "?"), "templates are not supported")
+    for est in parsed["staticPolicies"].values():
+        notes = est.get("annotations", {})
+        name = notes.get("id")
+        if not name or not re.fullmatch(r"[A-Za-z0-9._:/@-]{1,128}", name):
+            raise BundleRefused(path, 0, "every policy needs an @id of letters, digits, . _ : / @ -")
+        line = _line(text, name)
+
+        def refuse(reason: str, line: int = line) -> BundleRefused:
+            return BundleRefused(path, line, reason)
+
+        layer = _layer_of(path)
+        if notes.get("layer") != layer:
+            raise refuse(f"@layer must be {layer!r} in this folder")
+        disclose = notes.get("disclose", "none")
+        if disclose not in {"code", "none"}:
+            raise refuse('@disclose is "code" or "none"')
+        obligations = frozenset(filter(None, [notes.get("obligation")]))
+        if obligations - OBLIGATIONS:
+            raise refuse(f"@obligation: one of {', '.join(sorted(OBLIGATIONS))}")
+        unknown = set(notes) - {"id", "layer", "code", "disclose", "obligation"}
+        if unknown:
+            raise refuse(f"unknown annotation @{sorted(unknown)[0]}")
+        if est["effect"] == "forbid" and not re.fullmatch(r"[A-Z0-9-]{3,40}", notes.get("code") or ""):
+            raise refuse("a forbid needs a @code of capital letters, digits and hyphens")
+        _lint(path, layer, est, refuse)
+        yield Rule(
+            name, path, est["effect"], _LAYERS[layer], notes.get("code") or "", disclose == "code", obligations
+        )
+
+
+def _layer_of(path: str) -> str:
+    top = path.split("/")[0]
+    return {"charter": "charter", "installation": "installation", "tenants": "tenant", "keys": "key"}[top]
+
+
+def _lint(path: str, layer: str, est: Mapping[str, Any], refuse: Any) -> None:
+    resource = est["resource"]
+    if layer == "charter":
+        if est["effect"] != "forbid":
+            raise refuse("the charter only forbids: a permit belongs to a tenant")
+        if _contains(est["conditions"], "has"):
+            raise refuse("no `has` in the charter: a forbid behind a guard does not fire")
+        return
+    entity = _pinned(resource)
+    if layer == "installation":
+        if entity != ("Installation", "installation"):
+            raise refuse('resource must be Installation::"installation"')
+        return
+    if layer == "key":
+        wanted = path.split("/")[1].removesuffix(".cedar")
+        if resource.get("op") != "==" or entity != ("Key", wanted):
+            raise refuse(f'resource must be == Key::"{wanted}"')
+        return
+    tenant = path.split("/")[1]
+    ring = entity is not None and entity[0] == "KeyRing" and entity[1].startswith(f"{tenant}/")
+    if entity != ("Tenant", tenant) and not ring:
+        raise refuse(f'resource must be pinned to Tenant::"{tenant}" or one of its rings: a tenant rule is not for everyone')
+    if est["effect"] == "permit" and not _tests_tenant(est["conditions"], tenant):
+        raise refuse(f'a permit must test principal.tenant == Tenant::"{tenant}": role names repeat between tenants')
+
+
+def _pinned(scope: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The one entity a scope names by == or in (also `is K in E`)."""
+    entity = scope.get("entity") or (scope.get("in") or {}).get("entity")
+    if not isinstance(entity, dict):
+        return None
+    entity = entity.get("__entity", entity)
+    return entity["type"], entity["id"]
+
+
+def _contains(node: Any, operator: str) -> bool:
+    if isinstance(node, dict):
+        return operator in node or any(_contains(v, operator) for v in node.values())
+    return isinstance(node, list) and any(_contains(v, operator) for v in node)
+
+
+def _tests_tenant(conditions: Sequence[Mapping[str, Any]], tenant: str) -> bool:
+    """Whether a `when` has `principal.tenant == Tenant::"t"` among its top-level conjuncts."""
+
+    def conjuncts(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        if "&&" in node:
+            yield from conjuncts(node["&&"]["left"])
+            yield from conjuncts(node["&&"]["right"])
+        else:
+            yield node
+
+    attribute = {".": {"left": {"Var": "principal"}, "attr": "tenant"}}
+    literal = {"Value": {"__entity": {"type": "Tenant", "id": tenant}}}
+    wanted = ({"==": {"left": attribute, "right": literal}}, {"==": {"left": literal, "right": attribute}})
+    return any(c in wanted for clause in conditions if clause["kind"] == "when" for c in conjuncts(clause["body"]))
+
+
+def _error_line(text: str, message: str) -> int:
+    match = re.search(r"line (\d+)", message)
+    return int(match[1]) if match else 0
+
+
+def _validate(text: str, order: Sequence[Rule], files: Mapping[str, bytes]) -> None:
+    """Strict validation against the schema: an unknown attribute or a wrong type is refused, not skipped at run time."""
+    if not text.strip():
+        raise BundleRefused("charter", 0, "the bundle has no policies")
+    result = cedarpy.validate_policies(text, cedarpy.Schema.from_str(SCHEMA.read_text()), release_gil=True)
+    if result.validation_passed:
+        return
+    error = result.errors[0]
+    number = re.fullmatch(r"policy(\d+)", str(getattr(error, "policy_id", "")))
+    if number is None:
+        raise BundleRefused("bundle", 0, f"not valid: {error}")
+    rule = order[int(number[1])]
+    raise BundleRefused(rule.file, _line(files[rule.file].decode(), rule.id), f"{rule.id}: {error.error}")
+
+
+def write_development(
+    directory: Path,
+    *,
+    trust_domains: Mapping[str, str],
+    members: Mapping[str, Mapping[str, str]],
+    platform_member: str,
+) -> None:
+    """Write the development bundle: the shipped one with the two thresholds lowered that no laptop can meet.
+
+    K6 asks proof 3 of every tier, K7 is left out. `trust_domains` maps places to development authorities, `members`
+    tenants to {role: identity}. `skms dev up` alone calls this.
+    """
+    if directory.exists():
+        shutil.rmtree(directory)
+    shutil.copytree(SHIPPED, directory)
+    shutil.rmtree(directory / "cases")  # they hold the shipped charter to its own thresholds
+    charter = directory / "charter" / "00-charter.cedar"
+    charter.write_text(_lowered(charter.read_text()))
+    about = yaml.safe_load((directory / "charter.yaml").read_text())
+    about["development"] = True
+    for place, domain in trust_domains.items():
+        about["places"][place]["trust_domain"] = domain
+    header = "# A development charter: K6 asks proof 3 of every tier, K7 is left out. Not for real keys.\n"
+    (directory / "charter.yaml").write_text(header + yaml.safe_dump(about, sort_keys=False, default_style='"'))
+    _quote_numbers(directory / "charter.yaml")
+    for tenant in about["tenants"]:
+        entries = [{"id": i, "role": r, "person": f"{tenant}-{r}"} for r, i in members.get(tenant, {}).items()]
+        (directory / "tenants" / tenant / "members.yaml").write_text(yaml.safe_dump({"members": entries}))
+    platform = [{"id": platform_member, "role": "platform", "person": "platform"}]
+    (directory / "installation" / "members.yaml").write_text(yaml.safe_dump({"members": platform}))
+
+
+def _quote_numbers(path: Path) -> None:
+    """Undo the quotes that a quote-everything dump puts round numbers and booleans."""
+    text = re.sub(r'!!(?:int|bool) "(\w+)"', r"\1", path.read_text())
+    path.write_text(text)
+
+
+def _lowered(text: str) -> str:
+    lowered = text.replace(
+        "when { context.callerProof < 3 || (resource.tier == 1 && context.callerProof < 4) };",
+        "when { context.callerProof < 3 };",
+    )
+    start = lowered.index("// K7:")
+    end = lowered.index("// K8:")
+    if lowered == text or end < start:
+        raise BundleRefused("charter/00-charter.cedar", 0, "the shipped charter has no K6 or K7 to lower")
+    return lowered[:start] + lowered[end:]
+
+
+__all__ = ["NAME", "Bundle", "BundleRefused", "Rule", "read", "write_development"]

@@ -1,0 +1,236 @@
+"""Where things are: the charter's registry of places, and what evidence proves about a caller's place.
+
+A place is a concrete region; jurisdictions and groups are names for sets of regions. What is known about a place is the
+*set of possible regions*: "somewhere in DE" is usable, the empty set is refused everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+RESERVED_TENANTS: Final = frozenset(
+    {"root", "admin", "administrator", "default", "system", "platform", "installation", "skms", "internal", "none"}
+)
+
+
+class UnknownPlace(Exception):
+    """A name that is no place, jurisdiction or group of the charter."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlaceEntry(_Strict):
+    """A region: its jurisdiction, its groups, and the authority that may vouch for it."""
+
+    jurisdiction: StrictStr
+    groups: tuple[StrictStr, ...] = ()
+    trust_domain: StrictStr
+
+
+class TierEntry(_Strict):
+    """What typed code uses of a tier; thresholds of rules stand in the rules."""
+
+    residency_within: StrictStr
+
+
+class TenantEntry(_Strict):
+    """A tenant: its home jurisdiction, and the reason its workloads have when they give none."""
+
+    home: StrictStr
+    default_reason: Annotated[StrictStr, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")] = "unspecified"
+
+
+class Charter(_Strict):
+    """charter.yaml."""
+
+    version: Annotated[StrictInt, Field(ge=1)]
+    development: StrictBool = False
+    places: dict[StrictStr, PlaceEntry]
+    tiers: dict[StrictInt, TierEntry]
+    tenants: dict[StrictStr, TenantEntry]
+
+    @field_validator("tenants")
+    @classmethod
+    def _tenant_names(cls, tenants: dict[str, TenantEntry]) -> dict[str, TenantEntry]:
+        for name in tenants:
+            if NAME.fullmatch(name) is None or name in RESERVED_TENANTS:
+                raise ValueError(
+                    f"tenant name {name!r}: lower-case letters, digits and hyphens, and none of "
+                    + ", ".join(sorted(RESERVED_TENANTS))
+                )
+        return tenants
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Charter:
+        if set(self.tiers) != {1, 2, 3}:
+            raise ValueError("tiers: 1, 2 and 3 must be there")
+        names = {p.jurisdiction for p in self.places.values()} | {g for p in self.places.values() for g in p.groups}
+        if clash := names & set(self.places):
+            raise ValueError(f"{sorted(clash)}: a region and a group or jurisdiction share a name")
+        for place in self.places:
+            if NAME.fullmatch(place) is None:
+                raise ValueError(f"place {place!r}: lower-case letters, digits and hyphens")
+        domains = [p.trust_domain for p in self.places.values()]
+        if len(set(domains)) != len(domains):
+            raise ValueError("places: each trust domain vouches for one region")
+        homes = {p.jurisdiction for p in self.places.values()}
+        for name, tenant in self.tenants.items():
+            if tenant.home not in homes:
+                raise ValueError(f"tenant {name}: home {tenant.home!r} is no jurisdiction of a place")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A listed person: tenant (None for the installation's own), role, and one opaque name per human."""
+
+    tenant: str | None
+    role: str
+    person: str
+
+
+class Registry:
+    """The charter's words, looked up. Immutable; a new bundle brings a new one."""
+
+    def __init__(self, charter: Charter, members: Mapping[str, Member]) -> None:
+        self._charter, self._members = charter, dict(members)
+        leaves: dict[str, set[str]] = {"approved": set(charter.places)}
+        for place, about in charter.places.items():
+            for name in (place, about.jurisdiction, *about.groups):
+                leaves.setdefault(name, set()).add(place)
+        self._leaves = {name: frozenset(found) for name, found in leaves.items()}
+        self._domains = {about.trust_domain: place for place, about in charter.places.items()}
+
+    def expand(self, names: Iterable[str]) -> frozenset[str]:
+        """The regions that these names stand for; UnknownPlace for a name the charter does not have."""
+        found: frozenset[str] = frozenset()
+        for name in names:
+            if name not in self._leaves:
+                raise UnknownPlace("not a place, jurisdiction or group of the charter")
+            found |= self._leaves[name]
+        return found
+
+    def place_of_trust_domain(self, domain: str) -> str | None:
+        """The region that this SPIFFE trust domain's authority may vouch for."""
+        return self._domains.get(domain)
+
+    def tenant(self, name: str) -> TenantEntry | None:
+        """A registered tenant, by its exact name."""
+        return self._charter.tenants.get(name)
+
+    def tenant_names(self) -> tuple[str, ...]:
+        """Every registered tenant."""
+        return tuple(self._charter.tenants)
+
+    def member(self, identity: str) -> Member | None:
+        """The listed person behind a canonical identity, byte for byte."""
+        return self._members.get(identity)
+
+    def check_key(
+        self,
+        *,
+        tenant: str,
+        tier: int,
+        home: str,
+        residency: frozenset[str],
+        execution: frozenset[str],
+        reach: frozenset[str],
+        egress: frozenset[str],
+        failover: frozenset[str],
+    ) -> tuple[str, ...]:
+        """What a key lacks to meet its tier; empty if it meets it. Tiers are minimum bars, met at all times."""
+        missing = []
+        bound = self._charter.tiers[tier].residency_within
+        entry = self._charter.tenants.get(tenant)
+        if entry is None:
+            return ("tenant is not registered",)
+        within = self._leaves.get(entry.home if bound == "home-jurisdiction" else bound, frozenset())
+        if not residency or not residency <= within:
+            missing.append(f"residency lies within {bound}")
+        if home not in residency:
+            missing.append("home is part of residency")
+        if not failover <= residency:
+            missing.append("failover is part of residency")
+        known = self._leaves["approved"]
+        for name, places in (("execution", execution), ("reach", reach), ("egress", egress)):
+            if not places or not places <= known:
+                missing.append(f"{name} names approved places")
+        return tuple(missing)
+
+    def describe_places(self) -> list[dict[str, object]]:
+        """Every place as operators see it."""
+        return [
+            {"name": n, "jurisdiction": p.jurisdiction, "groups": list(p.groups), "trust_domain": p.trust_domain}
+            for n, p in sorted(self._charter.places.items())
+        ]
+
+    def describe_tenants(self) -> list[dict[str, object]]:
+        """Every tenant as operators see it."""
+        return [{"name": n, "home": t.home} for n, t in sorted(self._charter.tenants.items())]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One piece of evidence about where a caller can be.
+
+    `places` is what it says, `vouches` what its authority may say at all; both as regions.
+    """
+
+    kind: Literal["header", "listener", "svid", "document", "tee"]
+    places: frozenset[str] = frozenset()
+    vouches: frozenset[str] | None = None  # None: nobody restricted it
+    bound: bool = True  # to the TLS key or a nonce; a bearer document is none
+    stale: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where a caller can be, how well that is proven (0 to 5), and whether evidence contradicts itself."""
+
+    places: frozenset[str] = field(default_factory=frozenset)
+    proof: int = 0
+    conflict: bool = False
+
+
+NOWHERE: Final = Whereabouts()
+_CONFLICT: Final = Whereabouts(conflict=True)
+
+
+def whereabouts(evidence: Iterable[Evidence]) -> Whereabouts:
+    """Combine evidence: identity-grade evidence narrows, weak evidence can only contradict; contradiction is nowhere.
+
+    Headers, bodies and GeoIP are ignored. A listener on a region's network proves 2 alone and never narrows. A
+    certificate of the region's own authority proves 3, with a bound instance document 4, with a TEE quote beside both 5;
+    a TEE says what runs, not where, so alone it proves nothing.
+    """
+    given = [e for e in evidence if e.kind != "header" and not e.stale]
+    if any(e.vouches is not None and not e.places <= e.vouches for e in given):
+        return _CONFLICT
+    svids = [e for e in given if e.kind == "svid"]
+    documents = [e for e in given if e.kind == "document" and e.bound]
+    listeners = [e for e in given if e.kind == "listener"]
+    tee = any(e.kind == "tee" and e.bound for e in given)
+    if not svids:
+        if documents or not listeners:
+            return NOWHERE
+        places = frozenset.intersection(*(e.places for e in listeners))
+        return Whereabouts(places, 2) if places else _CONFLICT
+    places = frozenset.intersection(*(e.places for e in (*svids, *documents)))
+    if not places or any(not (places & e.places) for e in listeners):
+        return _CONFLICT
+    proof = 4 if documents else 3
+    if tee:
+        proof = 5 if documents else 4
+    return Whereabouts(places, proof)
+
+
+EMPTY: Final[Mapping[str, Member]] = MappingProxyType({})
