@@ -279,13 +279,11 @@ def _rules(path: str, text: str) -> Iterator[Rule]:
         if est["effect"] == "forbid" and not re.fullmatch(r"[A-Z0-9-]{3,40}", notes.get("code") or ""):
             raise refuse("a forbid needs a @code of capital letters, digits and hyphens")
         _lint(path, layer, est, refuse)
-        yield Rule(
-            name, path, est["effect"], _LAYERS[layer], notes.get("code") or "", disclose == "code", obligations
-        )
+        yield Rule(name, path, est["effect"], _LAYERS[layer], notes.get("code") or "", disclose == "code", obligations)
 
 
 def _layer_of(path: str) -> str:
-    top = path.split("/")[0]
+    top = path.split("/", maxsplit=1)[0]
     return {"charter": "charter", "installation": "installation", "tenants": "tenant", "keys": "key"}[top]
 
 
@@ -310,7 +308,9 @@ def _lint(path: str, layer: str, est: Mapping[str, Any], refuse: Any) -> None:
     tenant = path.split("/")[1]
     ring = entity is not None and entity[0] == "KeyRing" and entity[1].startswith(f"{tenant}/")
     if entity != ("Tenant", tenant) and not ring:
-        raise refuse(f'resource must be pinned to Tenant::"{tenant}" or one of its rings: a tenant rule is not for everyone')
+        raise refuse(
+            f'resource must be pinned to Tenant::"{tenant}" or one of its rings: a tenant rule is not for everyone'
+        )
     if est["effect"] == "permit" and not _tests_tenant(est["conditions"], tenant):
         raise refuse(f'a permit must test principal.tenant == Tenant::"{tenant}": role names repeat between tenants')
 

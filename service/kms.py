@@ -19,13 +19,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol, TypeVar
 
-from audit.log import Change, ChangeFailed, Log, Receipt
 from sqlalchemy import Connection
 
 import policy
 from audit import event
+from audit.log import Change, ChangeFailed, Log, Receipt
 from keystore import (
     Envelope,
+    HsmStatus,
     InvalidCiphertext,
     Key,
     KeyNotFound,
@@ -462,7 +463,7 @@ class Kms:
             self._allowed(entry, "listKeys", self._tenant_of(ask))
             return self.keystore.list(self._tenant(ask), filters=wanted, after=after, limit=limit)
 
-    async def list_aliases(self, ask: Ask, *, after: str | None, limit: int) -> list[tuple[str, uuid.UUID]]:
+    async def list_aliases(self, ask: Ask, *, after: str | None, limit: int) -> Sequence[tuple[str, uuid.UUID]]:
         """The tenant's aliases and the keys they point to."""
         async with self._recorded(_Entry(ask, "list_aliases")) as entry:
             self._allowed(entry, "listKeys", self._tenant_of(ask))
@@ -608,7 +609,7 @@ class Kms:
             here = self.keystore.regions
             return [{**p, "hsm": p["name"] in here} for p in self.policy.registry.describe_places()]
 
-    async def list_hsms(self, ask: Ask) -> list[Any]:
+    async def list_hsms(self, ask: Ask) -> Sequence[HsmStatus]:
         """The state of every HSM of this node."""
         async with self._recorded(_Entry(ask, "list_hsms")) as entry:
             self._allowed(entry, "hsmStatus", InstallationFacts())
@@ -721,8 +722,8 @@ class Kms:
     async def refused(self, ask: Ask, op: str, out: str, why: str) -> None:
         """Record a request that was refused before its operation began: malformed, invalid, too large."""
         entry = _Entry(ask, op)
-        ask.decision_id = entry.id
-        ask.receipt = await self.log.append(self._record(entry, None, refused=(out, why)))
+        entry.refused, ask.decision_id = (out, why), entry.id
+        ask.receipt = await self.log.append(self._record(entry, None))
 
     async def unidentified(self, *, source: str, request_id: str, arrived: int, why: str) -> Receipt:
         """Record a request whose caller or route is unknown."""

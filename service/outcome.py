@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Final
 
 import audit.log
-
 import keystore
 import policy
 

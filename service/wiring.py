@@ -13,11 +13,11 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-import audit.log
 from fastapi import FastAPI
 
+import audit.log
 from keystore import Catalog, Hsm, Keystore
-from keystore.pkcs11 import TokenConfig, open_token
+from keystore.pkcs11 import TokenConfig, open_token, total_calls
 from policy import Policy
 from service.app import create_app
 from service.config import Config
@@ -45,6 +45,11 @@ class Node:
     kms: Kms
     health: Health
     scheduler: Scheduler
+
+    @staticmethod
+    def pkcs11_calls() -> int:
+        """PKCS#11 functions called by this process so far."""
+        return total_calls()
 
 
 class Executors:
@@ -88,7 +93,7 @@ def token_configs(config: Config) -> list[TokenConfig]:
             lock_dir=config.node.state_dir,
             installation=config.node.installation,
         )
-        for h in config.hsms
+        for h in config.hsm
     ]
 
 
@@ -128,6 +133,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
             origin=config.node.origin,
             node=config.node.name,
             slots=config.audit.slots,
+            lock_dir=config.node.state_dir,
             signer=AuditSigner(local),
             open_facts=_open_facts(config),
             clock=clock,
@@ -154,6 +160,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         )
         await kms.load_tenant_secrets()
         await kms.note("start")
+
         def seconds() -> float:
             return clock() / 1e6
 
@@ -207,4 +214,3 @@ def distribution_digest() -> str:
     files = importlib.metadata.distribution("sovereign-kms").files or []
     lines = sorted(f"{f} {f.hash.value if f.hash else ''}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-

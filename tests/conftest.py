@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from harness import Files, Lab, Served, lab_of, prepared, served
 
 

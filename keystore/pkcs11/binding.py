@@ -12,7 +12,7 @@ call: a temporary gave silent wrong answers.
 
 from __future__ import annotations
 
-import ctypes as C
+import ctypes as C  # noqa: N812 - the usual name, and C is what it speaks
 import os
 import struct
 import threading
@@ -100,11 +100,12 @@ class _Pss(C.Structure):
     _fields_ = [("hash", UL), ("mgf", UL), ("salt", UL)]
 
 
-class LockingLib(_pkcs11.lib):  # type: ignore[misc]
+class LockingLib(_pkcs11.lib):
     """python-pkcs11's library object, initialised for threads. One per process and module, made after fork or spawn."""
 
     def __new__(cls, path: str, reserved: bytes | None = None) -> LockingLib:
-        return super().__new__(cls, path)  # type: ignore[no-any-return]
+        made: LockingLib = super().__new__(cls, path)  # type: ignore[call-arg]
+        return made
 
     def __init__(self, path: str, reserved: bytes | None = None) -> None:
         self._ready = False
@@ -159,7 +160,7 @@ def pack(value: Any) -> bytes:
 
 def template(attributes: Attributes) -> Any:
     """A CK_ATTRIBUTE array that owns its buffers; a mapping as value is a nested template (CKA_UNWRAP_TEMPLATE)."""
-    array = (_Triple * len(attributes))()
+    array: Any = (_Triple * len(attributes))()
     keep: list[Any] = []
     for at, (number, value) in enumerate(attributes.items()):
         if isinstance(value, Mapping):

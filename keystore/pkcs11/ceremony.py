@@ -90,7 +90,5 @@ def _make_audit(session: Session, config: TokenConfig, hsm: Pkcs11Hsm) -> None:
     how = mechanism(CKM.EC_EDWARDS_KEY_PAIR_GEN if edwards else CKM.EC_KEY_PAIR_GEN)
     session.generate_pair(
         how,
-        *pair_at_birth(
-            material, config.object_id(AUDIT), config.profile(), token=True, label=config.label(AUDIT)
-        ),
+        *pair_at_birth(material, config.object_id(AUDIT), config.profile(), token=True, label=config.label(AUDIT)),
     )

@@ -118,17 +118,11 @@ KINDS: Final[Mapping[Material, Kind]] = {
     Material.ED25519: Kind(
         CKO.PRIVATE_KEY, CKK.EC_EDWARDS, 0, (A.SIGN,), CKM.EC_EDWARDS_KEY_PAIR_GEN, CKM.EDDSA, _ED25519_OID
     ),
-    Material.RSA_3072: Kind(
-        CKO.PRIVATE_KEY, CKK.RSA, 3_072, (A.SIGN,), CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.RSA_PKCS_PSS
-    ),
-    Material.RSA_4096: Kind(
-        CKO.PRIVATE_KEY, CKK.RSA, 4_096, (A.SIGN,), CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.RSA_PKCS_PSS
-    ),
+    Material.RSA_3072: Kind(CKO.PRIVATE_KEY, CKK.RSA, 3_072, (A.SIGN,), CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.RSA_PKCS_PSS),
+    Material.RSA_4096: Kind(CKO.PRIVATE_KEY, CKK.RSA, 4_096, (A.SIGN,), CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.RSA_PKCS_PSS),
 }
 
-MECHANISM_NAMES: Final[Mapping[int, str]] = {
-    v: f"CKM_{k}" for k, v in vars(CKM).items() if isinstance(v, int)
-}
+MECHANISM_NAMES: Final[Mapping[int, str]] = {v: f"CKM_{k}" for k, v in vars(CKM).items() if isinstance(v, int)}
 
 
 def unused(material: Material) -> Mapping[int, Any]:

@@ -22,6 +22,7 @@ from keystore.pkcs11.errors import CkError
 from keystore.pkcs11.mechanisms import CKK, CKM, CKO, A, at_birth, in_use, unused
 from keystore.pkcs11.vendors import Vendor
 
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """The token under test: a logged-in session, the profile, the root KEK's handle."""

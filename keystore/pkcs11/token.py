@@ -289,9 +289,7 @@ class Pkcs11Hsm:
 
     def row_mac(self, data: bytes) -> bytes:
         """HMAC-SHA-256 under the row-MAC key."""
-        return self._sessions.run(
-            lambda s, _: s.sign(self._row_mac_key(s), mechanism(CKM.SHA256_HMAC), data, 64)
-        )
+        return self._sessions.run(lambda s, _: s.sign(self._row_mac_key(s), mechanism(CKM.SHA256_HMAC), data, 64))
 
     def hmac(self, key: StoredKey, algorithm: str, data: bytes) -> bytes:
         """HMAC under a KDK or HMAC key."""

@@ -18,11 +18,11 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
-from audit.log import Unavailable
 from cryptography.hazmat.primitives import serialization
 from starlette.types import Receive, Scope, Send
 
 import policy
+from audit.log import Unavailable
 from keystore import Key, KeySpec, KeyUsage, ListFilter, NewKey, Rotation
 from policy import Caller
 from service.health import Health
@@ -137,7 +137,7 @@ def _batch(plane: Plane) -> Handler:
             try:
                 item = convert(raw, plane.item)
                 works.append(plane.work(item, getattr(item, "key", "")))
-                references.append(item.reference)
+                references.append(getattr(item, "reference", None))
             except (Invalid, RequestInvalid) as error:
                 reference = raw.get("reference") if isinstance(raw, dict) else None
                 references.append(reference if isinstance(reference, str) and _CLIENT_ID.fullmatch(reference) else None)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from audit.log import Unavailable
-
 import keystore
 import policy
+from audit.log import Unavailable
 from service.identity import Unidentified
 from service.outcome import (
     DENIED,

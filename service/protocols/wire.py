@@ -1,4 +1,4 @@
-"""The native API's JSON: one msgspec Struct per body, bounded, unknown fields refused; keys and records as they are shown.
+"""The native API's JSON: one bounded msgspec Struct per body, unknown fields refused; keys as they are shown.
 
 Times are RFC 3339 UTC with milliseconds, durations ISO 8601 (days, hours, minutes, seconds), binary is padded base64.
 """
@@ -74,50 +74,50 @@ class Use(Struct, forbid_unknown_fields=True, kw_only=True):
     destination: list[PlaceName] = []
 
 
-class EncryptBody(Use):
+class EncryptBody(Use, kw_only=True):
     plaintext: Base64
     version: VersionNumber | None = None
 
 
-class DecryptBody(Use):
+class DecryptBody(Use, kw_only=True):
     ciphertext: CiphertextText
     expect_key: KeyName | None = None
 
 
-class RewrapBody(Use):
+class RewrapBody(Use, kw_only=True):
     ciphertext: CiphertextText
     to_key: KeyName | None = None
     to_context: Context | None = None
 
 
-class DataKeyBody(Use):
+class DataKeyBody(Use, kw_only=True):
     length: Annotated[int, Meta(ge=16, le=64)] = msgspec.field(name="bytes", default=32)
     answer: Literal["wrapped", "both"] = msgspec.field(name="return", default="wrapped")
 
 
-class UnwrapBody(Use):
+class UnwrapBody(Use, kw_only=True):
     wrapped_key: CiphertextText
     expect_key: KeyName | None = None
 
 
-class SignBody(Use):
+class SignBody(Use, kw_only=True):
     algorithm: SignAlgorithm
     message: Base64 | None = None
     digest: Annotated[str, Meta(max_length=88)] | None = None
     format: Literal["der", "raw"] = "der"
 
 
-class VerifyBody(SignBody):
+class VerifyBody(SignBody, kw_only=True):
     signature: Annotated[str, Meta(max_length=1_024)]
     version: VersionNumber | None = None
 
 
-class MacBody(Use):
+class MacBody(Use, kw_only=True):
     message: Base64
     algorithm: MacAlgorithm
 
 
-class VerifyMacBody(MacBody):
+class VerifyMacBody(MacBody, kw_only=True):
     mac: Annotated[str, Meta(max_length=128)]
     version: VersionNumber | None = None
 
@@ -129,39 +129,39 @@ class RandomBody(Struct, forbid_unknown_fields=True):
 Reference = Annotated[str, Meta(max_length=128, pattern="^[A-Za-z0-9._:-]{1,128}$")]
 
 
-class EncryptItem(EncryptBody):
+class EncryptItem(EncryptBody, kw_only=True):
     key: KeyName
     reference: Reference | None = None
 
 
-class DecryptItem(DecryptBody):
+class DecryptItem(DecryptBody, kw_only=True):
     reference: Reference | None = None
 
 
-class RewrapItem(RewrapBody):
+class RewrapItem(RewrapBody, kw_only=True):
     reference: Reference | None = None
 
 
-class DataKeyItem(DataKeyBody):
+class DataKeyItem(DataKeyBody, kw_only=True):
     key: KeyName
     reference: Reference | None = None
 
 
-class UnwrapItem(UnwrapBody):
+class UnwrapItem(UnwrapBody, kw_only=True):
     reference: Reference | None = None
 
 
-class SignItem(SignBody):
+class SignItem(SignBody, kw_only=True):
     key: KeyName
     reference: Reference | None = None
 
 
-class VerifyItem(VerifyBody):
+class VerifyItem(VerifyBody, kw_only=True):
     key: KeyName
     reference: Reference | None = None
 
 
-class MacItem(MacBody):
+class MacItem(MacBody, kw_only=True):
     key: KeyName
     reference: Reference | None = None
 
@@ -250,6 +250,14 @@ def moment(us: int) -> str:
     return datetime.fromtimestamp(us // 1_000 / 1_000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def microseconds(text: str) -> int:
+    """Microseconds of an RFC 3339 time; ValueError for another spelling."""
+    at = datetime.fromisoformat(text)
+    if at.tzinfo is None or len(text) > 40:
+        raise ValueError("a time without zone")
+    return int(at.timestamp() * 1_000_000)
+
+
 def binary(pointer: str, text: str) -> bytes:
     """The bytes of strict padded base64; RequestInvalid names the field, never its content."""
     try:
@@ -329,38 +337,38 @@ class Named(Struct, kw_only=True):
     key_version: int
 
 
-class EncryptAnswer(Named):
+class EncryptAnswer(Named, kw_only=True):
     ciphertext: str
     suite: str
 
 
-class DecryptAnswer(Named):
+class DecryptAnswer(Named, kw_only=True):
     plaintext: str
 
 
-class RewrapAnswer(EncryptAnswer):
+class RewrapAnswer(EncryptAnswer, kw_only=True):
     source: Named = msgspec.field(name="from")
     to: Named
 
 
-class DataKeyAnswer(Named):
+class DataKeyAnswer(Named, kw_only=True):
     wrapped_key: str
     plaintext_key: str | UnsetType = UNSET
 
 
-class UnwrapAnswer(Named):
+class UnwrapAnswer(Named, kw_only=True):
     plaintext_key: str
 
 
-class SignAnswer(Named):
+class SignAnswer(Named, kw_only=True):
     signature: str
 
 
-class MacAnswer(Named):
+class MacAnswer(Named, kw_only=True):
     mac: str
 
 
-class CheckAnswer(Named):
+class CheckAnswer(Named, kw_only=True):
     valid: bool
 
 

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+
 from harness import Served, skms, start, stop
 
 MARKS = {
@@ -26,7 +27,10 @@ def spellings(secret: bytes) -> list[bytes]:
     found = [secret, secret.hex().encode(), secret.hex().upper().encode()]
     for shift in range(3):
         padded = base64.b64encode(b"\0" * shift + secret)
-        found += [padded[4 if shift else 0 : -4], base64.urlsafe_b64encode(b"\0" * shift + secret)[4 if shift else 0 : -4]]
+        found += [
+            padded[4 if shift else 0 : -4],
+            base64.urlsafe_b64encode(b"\0" * shift + secret)[4 if shift else 0 : -4],
+        ]
     return found
 
 
@@ -58,9 +62,18 @@ def drive(node: Served) -> list[bytes]:
         random = workload.post("/v1/random", json={"bytes": 32}).json()["random"]
         secrets.append(base64.b64decode(random))
         malformed = MARKS["malformed"].decode()
-        for body in ({"plaintext": malformed}, {"plaintext": {"a": malformed}}, {malformed: 1}, {"plaintext": plain, "version": malformed}):
+        for body in (
+            {"plaintext": malformed},
+            {"plaintext": {"a": malformed}},
+            {malformed: 1},
+            {"plaintext": plain, "version": malformed},
+        ):
             workload.post(f"{path}/encrypt", json=body)
-        workload.post(f"{path}/encrypt", content=b'{"plaintext": "' + MARKS["malformed"], headers={"content-type": "application/json"})
+        workload.post(
+            f"{path}/encrypt",
+            content=b'{"plaintext": "' + MARKS["malformed"],
+            headers={"content-type": "application/json"},
+        )
         workload.post(f"{path}/encrypt", json={"plaintext": plain, **use}, headers=headers)
         token = operator.post("/v1/tokens", json={"scopes": ["listKeys"]})
         assert token.status_code == 201, token.text

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from harness import ROOT, Files, prepared, skms, start, stop, tls_of
 
 KILLS = int(os.environ.get("CRASH_KILLS", "50"))
@@ -129,9 +130,7 @@ def test_R1_no_acknowledged_operation_is_lost_when_the_process_is_killed(tmp_pat
     try:
         for kill in range(KILLS):
             until, fresh = threading.Event(), History()
-            threads = [
-                threading.Thread(target=load, args=(files, key, fresh, until, kill * 10 + n)) for n in range(4)
-            ]
+            threads = [threading.Thread(target=load, args=(files, key, fresh, until, kill * 10 + n)) for n in range(4)]
             for thread in threads:
                 thread.start()
             time.sleep(chooser.uniform(0.05, 0.8))

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+
 from harness import Lab
 
 REGIONS = ("eu-de-1", "eu-fr-1", "us-mkt-1")

@@ -7,6 +7,7 @@ import base64
 import time
 
 import pytest
+
 from harness import Served
 
 RATE, ROTATIONS = 200, 20

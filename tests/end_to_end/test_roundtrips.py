@@ -6,6 +6,7 @@ import base64
 import random
 
 import pytest
+
 from harness import Lab, new_key
 
 ROUND_TRIPS, BATCH = 10_000, 250

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import ROOT, Served
 
+from harness import ROOT, Served
 from service.protocols.openapi import document
 
 CASES = os.environ.get("SCHEMATHESIS_EXAMPLES", "15")  # per operation; a night run takes hundreds

@@ -9,8 +9,8 @@ import uuid
 from typing import Any
 
 import pytest
-from harness import Lab, new_key
 
+from harness import Lab, new_key
 from service.protocols.native import ROUTES
 from service.protocols.openapi import document
 
@@ -118,7 +118,9 @@ async def test_A_02_A_13_rotating_or_changing_anothers_key_is_404_and_changes_no
     key = await new_key(lab, "AES_256")
     before = (await lab.client("health-operator").get(f"/v1/keys/{key}")).json()
     for path in ("rotate", "disable", "enable", "mark-compromised", "schedule-deletion", "cancel-deletion"):
-        answer = await send(lab, "defence-operator", "POST", f"/v1/keys/{key}/{path}", None if path != "schedule-deletion" else {})
+        answer = await send(
+            lab, "defence-operator", "POST", f"/v1/keys/{key}/{path}", None if path != "schedule-deletion" else {}
+        )
         assert answer.status_code == 404, (path, answer.text)
     answer = await send(lab, "defence-operator", "PATCH", f"/v1/keys/{key}", {"description": "mine"})
     assert answer.status_code == 404

@@ -14,6 +14,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+
 from harness import Lab, new_key
 
 B64 = base64.b64encode(b"hello").decode()
@@ -48,7 +49,9 @@ async def test_a_key_has_the_fields_of_the_api_and_a_receipt(lab: Lab) -> None:
     assert answer.headers["location"] == f"/v1/keys/{key['id']}"
     assert re.fullmatch(r'"\d+"', answer.headers["etag"])
     assert re.fullmatch(r'log="[a-z0-9./-]+", seq=\d+, leaf=:[A-Za-z0-9+/]{43}=:', answer.headers["audit-receipt"])
-    assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", answer.headers["x-request-id"])
+    assert re.fullmatch(
+        r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", answer.headers["x-request-id"]
+    )
     assert answer.headers["cache-control"] == "no-store"
     assert (key["state"], key["latest_version"], key["origin"], key["protection"]) == ("enabled", 1, "hsm", "hsm")
     assert key["rotation"] == {"max_age": "P90D", "max_uses": 1_000_000_000}
@@ -427,9 +430,7 @@ async def test_suite_0x0002_encrypts_in_the_token(lab: Lab) -> None:
     client = lab.client("health-eu-de-1")
     made = await client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64, "context": {"a": "b"}})
     assert made.json()["suite"] == "0x0002"
-    opened = await client.post(
-        "/v1/decrypt", json={"ciphertext": made.json()["ciphertext"], "context": {"a": "b"}}
-    )
+    opened = await client.post("/v1/decrypt", json={"ciphertext": made.json()["ciphertext"], "context": {"a": "b"}})
     assert opened.json()["plaintext"] == B64
     wrong = await client.post("/v1/decrypt", json={"ciphertext": made.json()["ciphertext"]})
     assert wrong.json()["code"] == "invalid_ciphertext"

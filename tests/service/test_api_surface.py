@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 import pytest
-from harness import Lab, new_key
 
+from harness import Lab, new_key
 from service.protocols.native import ROUTES
 
 MARK = "TOPSECRET-6f0e"
@@ -56,9 +56,7 @@ MALFORMED = {
 async def test_W_01_W_02_malformed_json_is_a_typed_4xx_that_names_no_value(lab: Lab, name: str) -> None:
     key = await new_key(lab, "AES_256")
     begun = time.perf_counter()
-    answer = await lab.client("health-eu-de-1").post(
-        f"/v1/keys/{key}/encrypt", content=MALFORMED[name], headers=JSON
-    )
+    answer = await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", content=MALFORMED[name], headers=JSON)
     took = time.perf_counter() - begun
     assert answer.status_code in {400, 413, 422}, (name, answer.status_code, answer.text)
     shown = answer.json()

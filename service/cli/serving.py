@@ -1,0 +1,40 @@
+"""`skms serve`: one worker, or several under a supervisor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serve until told to stop. Exit status 0, 1 for a failure, 2 for wrong usage or configuration."""
+    parser = argparse.ArgumentParser(prog="skms serve", description="Serve the API.")
+    parser.add_argument("--config", type=Path, required=True, help="configuration file (TOML)")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes")
+    parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    from service.config import ConfigInvalid, load
+
+    try:
+        config = load(arguments.config)
+    except ConfigInvalid as error:
+        print(f"skms serve: {error}", file=sys.stderr)
+        return 2
+    if arguments.workers > 1:
+        from service.supervisor import supervise
+
+        return supervise(arguments.config, config, workers=arguments.workers)
+    from audit.chain import Bad
+    from audit.log import Unavailable
+    from keystore import HsmUnavailable, SelfTestFailed
+    from policy import BundleRefused
+    from service.database import DatabaseUnusable
+    from service.serve import run
+
+    try:
+        return run(config, fd=arguments.fd)
+    except (HsmUnavailable, SelfTestFailed, BundleRefused, DatabaseUnusable, Bad, Unavailable) as error:
+        print(f"skms serve: {error}", file=sys.stderr)
+        return 1

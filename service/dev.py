@@ -1,0 +1,291 @@
+"""The development node: everything a node needs, in one directory, made by one command.
+
+Tests, benches and demos use exactly this. Its charter has two thresholds lowered that no laptop can meet, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import softhsm
+from keystore.pkcs11 import initialise
+from policy import Policy, write_development
+from policy.bundle import SHIPPED
+from service.config import Config, load
+from service.devpki import Authority, write_private
+
+TENANTS: Final = ("health", "defence")
+CALLER_REGIONS: Final = ("eu-de-1", "eu-fr-1", "us-mkt-1")
+ROLES: Final = ("operator", "officer", "custodian", "auditor")
+DEFAULT_REGION: Final = "eu-de-1"
+DEFAULT_PORT: Final = 8443
+
+
+class DevFailed(Exception):
+    """The development node cannot be made, started or stopped; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """One identity of the development node."""
+
+    name: str
+    role: str
+    tenant: str | None
+    region: str
+    path: str  # of its SPIFFE id
+
+    def spiffe(self) -> str:
+        return f"spiffe://{domain(self.region)}{self.path}"
+
+    def identity(self) -> str:
+        return f"mtls:{domain(self.region)}:{self.path}"
+
+
+def domain(region: str) -> str:
+    """The development trust domain of a region."""
+    return f"{region}.dev.skms.example"
+
+
+def everyone(home: str) -> list[Who]:
+    """Workloads of each tenant in each caller region, people of each tenant at home, the platform engineer."""
+    found = [Who(f"{t}-{r}", "workload", t, r, f"/{t}/workload/{t}-{r}") for t in TENANTS for r in CALLER_REGIONS]
+    found += [Who(f"{t}-{role}", role, t, home, f"/{t}/{role}/{t}-{role}") for t in TENANTS for role in ROLES]
+    return [*found, Who("platform", "platform", None, home, "/platform/platform")]
+
+
+def prepare(
+    directory: Path,
+    *,
+    regions: Sequence[str] = (DEFAULT_REGION,),
+    port: int = DEFAULT_PORT,
+    database: str | None = None,
+) -> Config:
+    """Make the node's files, tokens, certificates and policy, as far as they are not there. Idempotent."""
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.chmod(0o700)
+    known = set(Policy.load(SHIPPED).registry.expand(["approved"]))
+    if unknown := set(regions) - known:
+        raise DevFailed(f"unknown region {sorted(unknown)[0]!r}: one of {', '.join(sorted(known))}")
+    try:
+        tokens = softhsm.bring_up(directory / "softhsm", [f"skms-{r}" for r in regions])
+    except softhsm.SoftHsmUnavailable as error:
+        raise DevFailed(str(error)) from None
+    config_file = directory / "skms.toml"
+    installation = _installation(config_file)
+    people = everyone(regions[0])
+    identities = _certificates(directory / "pki", people, regions[0])
+    places = sorted({*CALLER_REGIONS, *regions})
+    members = {t: {w.role: w.identity() for w in people if w.tenant == t and w.role != "workload"} for t in TENANTS}
+    bundle = directory / "policy"
+    if not bundle.exists():
+        write_development(
+            bundle,
+            trust_domains={p: domain(p) for p in places},
+            members=members,
+            platform_member=people[-1].identity(),
+        )
+    port = port or _free_port()
+    write_private(
+        config_file,
+        _toml(directory, tokens, regions, places, port, database, installation).encode(),
+    )
+    config = load(config_file)
+    from service.wiring import token_configs
+
+    for token in token_configs(config):
+        initialise(token)
+    environment = {
+        "base_url": f"https://127.0.0.1:{port}",
+        "ca_file": str(directory / "pki" / "server-ca.pem"),
+        "database_url": config.database.url,
+        "audit_export_dir": str(directory / "export"),
+        "trust_file": str(directory / "trust.txt"),
+        "config_file": str(config_file),
+        "fronts": {},
+        "identities": identities,
+    }
+    write_private(directory / "env.json", json.dumps(environment, indent=2).encode())
+    _write_trust(directory, config)
+    return config
+
+
+def _write_trust(directory: Path, config: Config) -> None:
+    """What an auditor would take home from the ceremony: origin and audit key."""
+    import base64
+
+    from service.wiring import token_configs
+
+    report = initialise(token_configs(config)[0])
+    key = base64.b64encode(bytes.fromhex(report.audit_public_key)).decode()
+    write_private(directory / "trust.txt", f"origin {config.node.origin}\nkey {key}\n".encode())
+
+
+def _installation(config_file: Path) -> uuid.UUID:
+    return load(config_file, environment={}).node.installation if config_file.exists() else uuid.uuid4()
+
+
+def _certificates(pki: Path, people: Sequence[Who], home: str) -> list[dict[str, Any]]:
+    pki.mkdir(exist_ok=True, mode=0o700)
+    authorities = {}
+    for region in sorted({w.region for w in people} | set(CALLER_REGIONS)):
+        authorities[region] = _authority(pki, region, domain(region))
+    server = _authority(pki, "server", "server")
+    bundle = b"".join((pki / f"{r}-ca.pem").read_bytes() for r in sorted(authorities))
+    write_private(pki / "clients-ca.pem", bundle)
+    if not (pki / "server.pem").exists():
+        certificate, key = server.issue("127.0.0.1", hosts=("127.0.0.1", "localhost"), server=True)
+        write_private(pki / "server.pem", certificate)
+        write_private(pki / "server.key", key)
+    found = []
+    for who in people:
+        files = pki / f"{who.name}.pem", pki / f"{who.name}.key"
+        if not all(f.exists() for f in files):
+            certificate, key = authorities[who.region].issue(who.name, uris=(who.spiffe(),))
+            write_private(files[0], certificate)
+            write_private(files[1], key)
+        shown = {"name": who.name, "role": who.role, "tenant": who.tenant, "region": who.region}
+        found.append({**shown, "cert_file": str(files[0]), "key_file": str(files[1])})
+    return found
+
+
+def _authority(pki: Path, name: str, title: str) -> Authority:
+    files = pki / f"{name}-ca.pem", pki / f"{name}-ca.key"
+    if all(f.exists() for f in files):
+        return Authority.load(title, *files)
+    made = Authority.create(title)
+    made.write(*files)
+    return made
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def _toml(
+    directory: Path,
+    tokens: softhsm.SoftHsm,
+    regions: Sequence[str],
+    places: Sequence[str],
+    port: int,
+    database: str | None,
+    installation: uuid.UUID,
+) -> str:
+    pki, sqlite = directory / "pki", f"sqlite:///{directory / 'skms.db'}"
+    lines = [
+        "# Made by `skms dev up`. For development only.",
+        "[node]",
+        'name = "n0"',
+        f'region = "{regions[0]}"',
+        'origin = "dev.skms.example/audit"',
+        f'state_dir = "{directory}/state"',
+        f'installation = "{installation}"',
+        "[listen]",
+        'host = "127.0.0.1"',
+        f"port = {port}",
+        f'certificate = "{pki}/server.pem"',
+        f'private_key = "{pki}/server.key"',
+        f'client_ca = "{pki}/clients-ca.pem"',
+        "[database]",
+        f'url = "{database or sqlite}"',
+        "[policy]",
+        f'bundle = "{directory}/policy"',
+    ]
+    for region in regions:
+        label = f"skms-{region}"
+        lines += [
+            "[[hsm]]",
+            f'name = "softhsm-{region}"',
+            f'region = "{region}"',
+            'vendor = "softhsm2"',
+            f'module = "{tokens.module}"',
+            f'token_label = "{label}"',
+            f'pin_file = "{tokens.pin_file(label)}"',
+            f'environment = {{SOFTHSM2_CONF = "{tokens.directory}/softhsm2.conf"}}',
+        ]
+    for place in places:
+        if (pki / f"{place}-ca.pem").exists():
+            lines += ["[[trust]]", f'domain = "{domain(place)}"', f'authority = "{pki}/{place}-ca.pem"']
+    return "\n".join(lines) + "\n"
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def up(
+    directory: Path,
+    *,
+    regions: Sequence[str],
+    port: int,
+    database: str | None,
+    workers: int,
+) -> int:
+    """Prepare the node and serve it in the foreground until SIGTERM or SIGINT."""
+    config = prepare(directory, regions=regions, port=port, database=database)
+    sys.stderr.write(
+        f"Sovereign KMS development node on https://127.0.0.1:{config.listen.port}, files in {directory}\n"
+        "DEVELOPMENT CHARTER: K6 asks proof 3 of every tier, K7 is left out. Never use this node for real keys.\n"
+    )
+    from service.supervisor import supervise
+
+    pid = directory / "dev.pid"
+    write_private(pid, f"{os.getpid()} {_started(os.getpid())}\n".encode())
+    try:
+        return supervise(directory / "skms.toml", config, workers=workers)
+    finally:
+        pid.unlink(missing_ok=True)
+
+
+def _started(pid: int) -> str:
+    """When a process started, in clock ticks since boot: a pid alone may be another process by now."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+
+
+def environment(directory: Path) -> Mapping[str, Any] | None:
+    """What a client needs; None while the node is not ready."""
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    try:
+        found: dict[str, Any] = json.loads((directory / "env.json").read_text())
+    except (OSError, ValueError):
+        return None
+    try:
+        trust = ssl.create_default_context(cafile=found["ca_file"])
+        url = found["base_url"] + "/readyz"
+        with urllib.request.urlopen(url, context=trust, timeout=2) as answer:  # noqa: S310 - our own https URL
+            return found if answer.status == 200 else None
+    except (OSError, urllib.error.URLError, ValueError):
+        return None
+
+
+def down(directory: Path, *, wait_s: float = 30.0) -> None:
+    """Stop the node of a directory; DevFailed if none runs there or it does not stop."""
+    try:
+        pid_text, started = (directory / "dev.pid").read_text().split()
+        pid = int(pid_text)
+        ours = _started(pid) == started
+    except (OSError, ValueError):
+        raise DevFailed(f"no development node runs in {directory}") from None
+    if not ours:
+        raise DevFailed(f"no development node runs in {directory}")
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        if not (directory / "dev.pid").exists():
+            return
+        time.sleep(0.05)
+    raise DevFailed(f"process {pid} did not stop within {wait_s:.0f} s")

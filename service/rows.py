@@ -1,0 +1,335 @@
+"""The service's own tables: API tokens, idempotent answers, leases. Each class owns one."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import string
+import threading
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, NoReturn
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import IntegrityError
+
+tables: Final = sa.MetaData()
+
+_token: Final = sa.Table(
+    "service_api_token",
+    tables,
+    sa.Column("token_id", sa.String(8), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("scopes", sa.Text, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.BigInteger, nullable=False),
+    sa.Column("created_by", sa.String(600), nullable=False),
+    sa.Column("revoked_at", sa.BigInteger),
+)
+_answer: Final = sa.Table(
+    "service_idempotency",
+    tables,
+    sa.Column("claim", sa.LargeBinary, primary_key=True),  # SHA-256 of tenant, caller, Idempotency-Key
+    sa.Column("request", sa.LargeBinary, nullable=False),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("status", sa.Integer),
+    sa.Column("body", sa.LargeBinary),
+    sa.Column("headers", sa.Text),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+)
+_lease: Final = sa.Table(
+    "service_lease",
+    tables,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("owner", sa.String(128), nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("until", sa.BigInteger, nullable=False),
+)
+
+BASE62: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
+NEVER_FOR_TOKENS: Final = frozenset(
+    {"destroy", "completeDeletion", "scheduleDeletion", "setPolicy", "reloadPolicy", "export", "escrow", "replicate"}
+)
+KEPT_US: Final = 24 * 3_600 * 1_000_000
+ABANDONED_US: Final = 120 * 1_000_000  # a request ends long before: its process died
+
+
+class _Hidden:
+    """Neither shown nor pickled."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} holds a secret and is not pickled")
+
+
+class LeaseLost(Exception):
+    """Another process holds the lease by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """An API token that is to be made. `scopes` are Cedar action names."""
+
+    tenant: str
+    role: str
+    scopes: frozenset[str]
+    lifetime_s: int
+    created_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApiToken:
+    """An API token without its secret."""
+
+    id: str
+    tenant: str
+    role: str
+    scopes: frozenset[str]
+    created_at: int
+    expires_at: int
+
+
+def base62(number: int, width: int) -> str:
+    """`width` digits of a number in base 62."""
+    digits = []
+    for _ in range(width):
+        number, rest = divmod(number, 62)
+        digits.append(BASE62[rest])
+    return "".join(reversed(digits))
+
+
+def checksum(text: str) -> str:
+    """Six base-62 digits of the CRC32 of everything before: typos and scanners' false hits cost no look-up."""
+    return base62(zlib.crc32(text.encode()), 6)
+
+
+class ApiTokens(_Hidden):
+    """API tokens at rest: only an HMAC under a pepper that the HSM derives; a stolen database opens nothing."""
+
+    def __init__(self, engine: Engine, *, pepper: bytes, installation: str, clock: Callable[[], int]) -> None:
+        self._engine, self._pepper, self._clock = engine, pepper, clock
+        self.installation = installation
+        self._cache: dict[str, tuple[ApiToken, bytes]] = {}
+        self._lock = threading.Lock()
+
+    def plan_create(self, new: NewToken) -> tuple[ApiToken, str, Callable[[Connection], None]]:
+        """(token, its text, what writes it). The text exists this once."""
+        now = self._clock()
+        token_id = "".join(secrets.choice(BASE62) for _ in range(8))
+        head = f"skms_api_{token_id}_{base62(int.from_bytes(os.urandom(32), 'big'), 43)}"
+        text = head + checksum(head)
+        token = ApiToken(token_id, new.tenant, new.role, new.scopes, now, now + new.lifetime_s * 1_000_000)
+
+        def write(connection: Connection) -> None:
+            connection.execute(
+                sa.insert(_token),
+                [
+                    {
+                        "token_id": token.id,
+                        "tenant": token.tenant,
+                        "role": token.role,
+                        "scopes": json.dumps(sorted(token.scopes)),
+                        "digest": self.digest(text),
+                        "created_at": token.created_at,
+                        "expires_at": token.expires_at,
+                        "created_by": new.created_by,
+                    }
+                ],
+            )
+
+        return token, text, write
+
+    def digest(self, text: str) -> bytes:
+        """What is stored of a token."""
+        return hmac.digest(self._pepper, text.encode(), "sha256")
+
+    def find(self, token_id: str) -> tuple[ApiToken, bytes] | None:
+        """A live token and its stored digest."""
+        with self._lock:
+            known = self._cache.get(token_id)
+        if known is None:
+            wanted = sa.select(_token).where(_token.c.token_id == token_id, _token.c.revoked_at.is_(None))
+            with self._engine.execution_options(reading=True).connect() as connection:
+                row = connection.execute(wanted).mappings().first()
+            if row is None:
+                return None
+            known = (_token_of(row), row["digest"])
+            with self._lock:
+                self._cache[token_id] = known
+        return known if known[0].expires_at > self._clock() else None
+
+    def list(self, tenant: str) -> list[ApiToken]:
+        """A tenant's live tokens."""
+        wanted = sa.select(_token).where(
+            _token.c.tenant == tenant, _token.c.revoked_at.is_(None), _token.c.expires_at > self._clock()
+        )
+        with self._engine.execution_options(reading=True).connect() as connection:
+            return [_token_of(r) for r in connection.execute(wanted.order_by(_token.c.created_at)).mappings()]
+
+    def plan_revoke(self, tenant: str, token_id: str) -> Callable[[Connection], None]:
+        """What revokes a token; KeyError if the tenant has no such live token."""
+
+        def write(connection: Connection) -> None:
+            there = (_token.c.token_id == token_id) & (_token.c.tenant == tenant) & _token.c.revoked_at.is_(None)
+            if connection.execute(sa.update(_token).where(there).values(revoked_at=self._clock())).rowcount != 1:
+                raise NoSuchToken("no such token")
+
+        return write
+
+    def forget(self, token_id: str) -> None:
+        """This process refuses the token from now on."""
+        with self._lock:
+            self._cache.pop(token_id, None)
+
+    def poll(self) -> None:
+        """Look again at every token in use: another worker may have revoked it."""
+        with self._lock:
+            known = list(self._cache)
+        if not known:
+            return
+        wanted = sa.select(_token.c.token_id).where(_token.c.token_id.in_(known), _token.c.revoked_at.is_(None))
+        with self._engine.execution_options(reading=True).connect() as connection:
+            live = set(connection.execute(wanted).scalars())
+        for token_id in set(known) - live:
+            self.forget(token_id)
+
+
+class NoSuchToken(Exception):
+    """No such token in this tenant."""
+
+
+def _token_of(row: Any) -> ApiToken:
+    return ApiToken(
+        row["token_id"],
+        row["tenant"],
+        row["role"],
+        frozenset(json.loads(row["scopes"])),
+        row["created_at"],
+        row["expires_at"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """The first request with its Idempotency-Key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The stored answer of the same request."""
+
+    status: int
+    body: bytes = field(repr=False)
+    headers: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InProgress:
+    """The first request has not ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reused:
+    """The key stands for another request."""
+
+
+class Idempotency:
+    """Answers of control-plane requests, kept for 24 hours per tenant and caller. Never one with key material."""
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], int]) -> None:
+        self._engine, self._clock = engine, clock
+
+    def begin(self, tenant: str, caller: str, key: str, request: bytes) -> New | Replay | InProgress | Reused:
+        """Claim a key for a request, or tell what became of its first one."""
+        claim, now = _claim(tenant, caller, key), self._clock()
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(_answer).where(_answer.c.created_at < now - KEPT_US))
+            row = connection.execute(sa.select(_answer).where(_answer.c.claim == claim)).mappings().first()
+            if row is not None and row["state"] == "running" and row["created_at"] < now - ABANDONED_US:
+                connection.execute(sa.delete(_answer).where(_answer.c.claim == claim))
+                row = None
+            if row is None:
+                values = {"claim": claim, "request": request, "state": "running", "created_at": now}
+                try:
+                    connection.execute(sa.insert(_answer), [values])
+                except IntegrityError:
+                    return InProgress()
+                return New()
+        if not hmac.compare_digest(row["request"], request):
+            return Reused()
+        if row["state"] == "running":
+            return InProgress()
+        headers = tuple((str(k), str(v)) for k, v in json.loads(row["headers"]))
+        return Replay(row["status"], row["body"], headers)
+
+    def finish(
+        self,
+        connection: Connection,
+        tenant: str,
+        caller: str,
+        key: str,
+        status: int,
+        body: bytes,
+        headers: tuple[tuple[str, str], ...],
+    ) -> None:
+        """Store the answer, in the transaction of the change it reports."""
+        connection.execute(
+            sa.update(_answer)
+            .where(_answer.c.claim == _claim(tenant, caller, key))
+            .values(state="done", status=status, body=body, headers=json.dumps(headers))
+        )
+
+    def abandon(self, tenant: str, caller: str, key: str) -> None:
+        """The request failed and changed nothing: the key may be used again."""
+        there = (_answer.c.claim == _claim(tenant, caller, key)) & (_answer.c.state == "running")
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(_answer).where(there))
+
+
+def _claim(*parts: str) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part.encode()).to_bytes(4, "big") + part.encode())
+    return digest.digest()
+
+
+class Lease:
+    """Roles that one process holds at a time, with a fencing epoch."""
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], int]) -> None:
+        self._engine, self._clock = engine, clock
+
+    def acquire(self, name: str, owner: str, ttl_s: int) -> int | None:
+        """Take or renew a lease: its epoch, or None while another owner holds it."""
+        now = self._clock()
+        until = now + ttl_s * 1_000_000
+        with self._engine.begin() as connection:
+            row = connection.execute(sa.select(_lease).where(_lease.c.name == name)).mappings().first()
+            if row is None:
+                values = {"name": name, "owner": owner, "epoch": 1, "until": until}
+                connection.execute(sa.insert(_lease), [values])
+                return 1
+            held = row["owner"] == owner
+            if not held and row["until"] > now:
+                return None
+            epoch = int(row["epoch"]) + (0 if held else 1)
+            connection.execute(
+                sa.update(_lease).where(_lease.c.name == name).values(owner=owner, epoch=epoch, until=until)
+            )
+            return epoch
+
+    @staticmethod
+    def fence(connection: Connection, name: str, epoch: int) -> None:
+        """LeaseLost unless the lease still has this epoch, in the transaction of the caller."""
+        current = connection.execute(sa.select(_lease.c.epoch).where(_lease.c.name == name)).scalar()
+        if current != epoch:
+            raise LeaseLost(f"lease {name} moved on to epoch {current}")

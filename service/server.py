@@ -1,0 +1,152 @@
+"""The TLS server: uvicorn with client certificates shown to the application, and hard limits on every message.
+
+uvicorn gives the application no certificate (Kludex/uvicorn #1119); this subclass fills the keys of the ASGI TLS
+extension, so that its removal later is a deletion. TLS 1.3 only, no tickets, and a connection that resumed a session is
+dropped: a client with the saved session alone was accepted with its old identity (CVE-2025-23419).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from typing import Any, Final
+
+import uvicorn
+from cryptography import x509
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+MAX_HEAD: Final = 32_768
+MAX_HEADERS: Final = 100
+MAX_MESSAGE: Final = 5 * 2**20
+HEAD_DEADLINE_S: Final = 10.0
+MAX_AGE_S: Final = 300.0
+DRAIN_S: Final = 20
+_ONCE: Final = (b"authorization", b"content-length", b"content-type", b"transfer-encoding", b"host")
+
+
+class TlsClientCertProtocol(HttpToolsProtocol):
+    """One per connection."""
+
+    _refusal: tuple[int, str] = (400, "bad request")
+    _tls: dict[str, Any] | None = None
+    _not_after = float("inf")
+    _size, _in_head = 0, True  # bytes of this message so far
+    _deadline: asyncio.TimerHandle | None = None
+    _age: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is None or tls.session_reused:
+            transport.abort()
+            return
+        self._tls = self._extension(tls)
+        self._deadline = self.loop.call_later(HEAD_DEADLINE_S, transport.abort)
+        self._age = self.loop.call_later(MAX_AGE_S, self.shutdown)
+
+    def _extension(self, tls: ssl.SSLObject) -> dict[str, Any]:
+        der = tls.getpeercert(binary_form=True)
+        extension: dict[str, Any] = {"tls_version": 0x0304, "cipher_suite": None, "server_cert": None}
+        extension |= {"client_cert_chain": [], "client_cert_name": None, "client_cert_error": None}
+        if der:  # before Python 3.13 only the leaf is reachable
+            certificate = x509.load_der_x509_certificate(der)
+            self._not_after = certificate.not_valid_after_utc.timestamp()
+            extension["client_cert_chain"] = [ssl.DER_cert_to_PEM_cert(der)]
+            extension["client_cert_name"] = certificate.subject.rfc4514_string()
+        return extension
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in filter(None, (self._deadline, self._age)):
+            timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Feed in slices: httptools itself buffers a header or trailer of any size."""
+        while data and not self.transport.is_closing():
+            room = (MAX_HEAD if self._in_head else MAX_MESSAGE) - self._size
+            if room <= 0:
+                self._refusal = (431, "head too large") if self._in_head else (413, "message too large")
+                self.send_400_response("")
+                return
+            if self._size == 0 and self._deadline is None:
+                self._deadline = self.loop.call_later(HEAD_DEADLINE_S, self.transport.abort)
+            part, data = data[:room], data[room:]
+            self._size += len(part)
+            super().data_received(part)
+
+    def _refuse(self, status: int, reason: str) -> None:
+        self._refusal = (status, reason)
+        raise ValueError(reason)  # httptools wraps it, and uvicorn then calls send_400_response
+
+    def send_400_response(self, msg: str) -> None:
+        """A constant answer: never the parser's text, never the input."""
+        status, reason = self._refusal
+        body = b'{"status":%d,"title":"%s","code":"request_malformed"}' % (status, reason.encode())
+        head = b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        scope: Any = self.scope
+        scope.setdefault("extensions", {})["tls"] = self._tls
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS or not self._in_head:  # uvicorn appends trailers to the headers
+            self._refuse(431, "too many headers or a trailer")
+
+    def on_headers_complete(self) -> None:
+        names = [name for name, _ in self.headers]
+        doubled = any(names.count(name) > 1 for name in _ONCE) or b"host" not in names
+        both = {b"transfer-encoding", b"content-length"} <= set(names)
+        if doubled or both or any(b"_" in name for name in names):
+            self._refuse(400, "ambiguous headers")
+        if not self.url.startswith(b"/") or self.url.startswith(b"//"):
+            self._refuse(400, "target must be a path")
+        if time.time() >= self._not_after:
+            self._refuse(401, "client certificate expired")
+        self._in_head = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head, self._size = True, 0
+
+
+def tls_context(certificate: str, key: str, authorities: str) -> ssl.SSLContext:
+    """TLS 1.3, client certificates of the authorities in a file, no session tickets."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET
+    context.verify_mode = ssl.CERT_OPTIONAL  # no certificate is an anonymous caller: health, tokens
+    context.load_cert_chain(certificate, key)
+    context.load_verify_locations(authorities)
+    return context
+
+
+def server_of(app: ASGIApp, *, host: str, port: int, context: ssl.SSLContext) -> uvicorn.Server:
+    """A server that is not running yet."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=TlsClientCertProtocol,
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=DRAIN_S,
+        backlog=2_048,
+        ssl_context_factory=lambda *_: context,
+    )
+    return uvicorn.Server(config)
