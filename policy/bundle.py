@@ -380,8 +380,7 @@ def write_development(
     """
     if directory.exists():
         shutil.rmtree(directory)
-    shutil.copytree(SHIPPED, directory)
-    shutil.rmtree(directory / "cases")  # they hold the shipped charter to its own thresholds
+    shutil.copytree(SHIPPED, directory, ignore=shutil.ignore_patterns("cases"))  # they hold the full thresholds
     charter = directory / "charter" / "00-charter.cedar"
     charter.write_text(_lowered(charter.read_text()))
     about = yaml.safe_load((directory / "charter.yaml").read_text())

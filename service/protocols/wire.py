@@ -192,7 +192,9 @@ class CreateKeyBody(Struct, forbid_unknown_fields=True, kw_only=True):
     reach: Places | None = None
     egress: Places | None = None
     failover: list[PlaceName] = []
-    purposes: Annotated[list[Purpose], Meta(min_length=1, max_length=32)] = ["default"]
+    purposes: Annotated[list[Purpose], Meta(min_length=1, max_length=32)] = msgspec.field(
+        default_factory=lambda: ["default"]
+    )
     alias: AliasName | None = None
     suite: Suite | None = None
     rotation: RotationBody | None = None
