@@ -1,7 +1,7 @@
 """Keys, and the HSMs that hold them: wrapped rows in SQL, unwrapped only inside the HSM of their own region."""
 
 from keystore.catalog import Catalog, ListFilter
-from keystore.envelope import ContextRefused, Envelope, EnvelopeInfo, Purpose, from_text, inspect, to_text
+from keystore.envelope import MAX_PAIRS, ContextRefused, Envelope, EnvelopeInfo, Purpose, from_text, inspect, to_text
 from keystore.hsm import (
     Hsm,
     HsmFault,
@@ -40,6 +40,7 @@ from keystore.store import (
 )
 
 __all__ = [
+    "MAX_PAIRS",
     "AliasInUse",
     "Batch",
     "Catalog",

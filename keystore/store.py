@@ -810,7 +810,10 @@ class Batch:
         if key.suite == ev.STRICT:
             return store.seal(key, plaintext, context, purpose=purpose, version=version)
         chosen = store._prepare_seal(key, plaintext, context, version)
-        salt = self._salts.setdefault((key.id, chosen.number), store._random(32))
+        slot = (key.id, chosen.number)
+        if slot not in self._salts:
+            self._salts[slot] = store._random(32)
+        salt = self._salts[slot]
         index = self._index.to_bytes(4, "big")
         self._index += 1
         aad = store._aad(key, chosen.number, ev.BATCH, purpose, context)

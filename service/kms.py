@@ -25,6 +25,7 @@ import policy
 from audit import event
 from audit.log import Change, ChangeFailed, Log, Receipt
 from keystore import (
+    MAX_PAIRS,
     Envelope,
     HsmStatus,
     InvalidCiphertext,
@@ -764,7 +765,7 @@ class Kms:
         if entry.wanted is not None:
             entry.version = number
             check_use(key, number, entry.wanted)
-        releases = action in _RELEASES
+        destination = self._destination(entry)
         self._decide(
             entry,
             policy.Request(
@@ -774,7 +775,7 @@ class Kms:
                 now=self._clock() // 1_000_000,
                 hsm=key.home,
                 via=frozenset({self.region}),
-                dest=self._destination(entry) if releases else frozenset(),
+                dest=destination if action in _RELEASES else frozenset(),
                 target=target,
                 purpose=self._purpose(entry.use, key),
                 reason=self._reason(entry),
@@ -806,7 +807,7 @@ class Kms:
         entry.decision = entry.ask.decision = decision
         entry.facts["pol"] = decision.digest[:32]
         if decision.rules:
-            entry.facts["rule"] = list(decision.rules[:8])
+            entry.facts["rule"] = decision.rules[:8]
         if not decision.allowed:
             raise policy.Denied(decision)
 
@@ -825,7 +826,7 @@ class Kms:
 
     def _destination(self, entry: _Entry) -> frozenset[str]:
         # What the request declares can only widen where the plaintext may go, never narrow it (policy.md 4).
-        return entry.ask.caller.places | self.policy.registry.expand(entry.use.destination)
+        return entry.ask.caller.places | self.places("/destination", entry.use.destination)
 
     async def _inside(self, key: Key, call: Callable[[], T]) -> T:
         return await self._at(key.home, call)
@@ -945,13 +946,13 @@ class Kms:
         if entry.refused is not None:
             out, why = entry.refused
         facts = dict(entry.facts)
-        if entry.context and caller.tenant is not None and caller.tenant in self._secrets:
+        if entry.context and len(entry.context) <= MAX_PAIRS and caller.tenant is not None and caller.tenant in self._secrets:
             generation, secret = self._secrets[caller.tenant]
             facts["ctx"] = event.hash_context(secret, generation, entry.context)
         if why is not None:
             facts |= {"why": why}
         if entry.decision is not None and out == DENIED and not entry.decision.rules:
-            facts["rule"] = ["DEFAULT"]
+            facts["rule"] = ("DEFAULT",)
         if len(caller.places) == 1:
             facts["creg"] = next(iter(caller.places))
         ask.facts = {

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from harness import Files, Lab, Served, lab_of, prepared, served
 
@@ -23,7 +24,7 @@ def dev_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     from service.dev import prepare
 
     directory = tmp_path_factory.mktemp("dev") / "node"
-    prepare(directory, regions=("eu-de-1",), port=0)
+    prepare(directory, regions=("eu-de-1", "eu-de-2"), port=0)
     return prepared(directory)
 
 
@@ -36,11 +37,9 @@ async def lab(dev_files: Files) -> AsyncIterator[Lab]:
 
 @pytest.fixture
 async def elsewhere(lab: Lab, dev_files: Files) -> AsyncIterator[Lab]:
-    """A second node over the same database and tokens that stands in eu-fr-1."""
-    config = dataclasses.replace(
-        dev_files.config,
-        node=dataclasses.replace(dev_files.config.node, name="n1", region="eu-fr-1"),
-    )
+    """A second node over the same database and tokens that stands in eu-de-2."""
+    section = structs.replace(dev_files.config.node, name="n1", region="eu-de-2")
+    config = structs.replace(dev_files.config, node=section)
     async with lab_of(dataclasses.replace(dev_files, config=config)) as made:
         yield made
 

@@ -126,7 +126,7 @@ async def test_W_05_a_body_over_the_limit_is_refused_with_and_without_a_length(l
     "path",
     [
         *("/v1/keys/", "//v1/keys", "/v1//keys", "/V1/keys", "/v1/Keys", "/v1/keys/..", "/v1/%6beys", "/v1/keys%2f"),
-        *("/v1/keys/%2e%2e/tenants", "/v1/keys/x%00", "/v1/keys.", "/v1/./keys", "/livez/", "/livez%2f..%2fv1%2fkeys"),
+        *("/v1/keys/%2e%2e/tenants", "/v1/keys/x%00", "/v1/keys.", "/livez/", "/livez%2f..%2fv1%2fkeys"),
     ],
 )
 async def test_W_09_other_spellings_of_a_path_are_no_route(lab: Lab, path: str) -> None:
