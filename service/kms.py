@@ -946,7 +946,12 @@ class Kms:
         if entry.refused is not None:
             out, why = entry.refused
         facts = dict(entry.facts)
-        if entry.context and len(entry.context) <= MAX_PAIRS and caller.tenant is not None and caller.tenant in self._secrets:
+        if (
+            entry.context
+            and len(entry.context) <= MAX_PAIRS
+            and caller.tenant is not None
+            and caller.tenant in self._secrets
+        ):
             generation, secret = self._secrets[caller.tenant]
             facts["ctx"] = event.hash_context(secret, generation, entry.context)
         if why is not None:

@@ -1,0 +1,106 @@
+"""`skms doctor`: look at everything a node needs, and say what to mend."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+
+from service.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: whether it is good, and what was found or is to be done."""
+
+    check: str
+    good: bool
+    detail: str
+
+
+def examine(config: Config) -> list[Finding]:
+    """Every check, in the order in which a node needs them."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("state directory", lambda: _directory(config.node.state_dir)),
+        ("server certificate", lambda: _certificate(config.listen.certificate)),
+        ("server key", lambda: _private(config.listen.private_key)),
+        ("disk", lambda: _disk(config.node.state_dir)),
+        *((f"authority {t.domain}", lambda t=t: _certificate(t.authority)) for t in config.trust),
+        *((f"PIN file of {h.name}", lambda h=h: _private(h.pin_file)) for h in config.hsm),
+        *((f"HSM {h.name}", lambda h=h: _hsm(config, h.name)) for h in config.hsm),
+        ("policy", lambda: _policy(config)),
+        ("database", lambda: _database(config)),
+    ]
+    findings = []
+    for name, check in checks:
+        try:
+            findings.append(Finding(name, True, check()))
+        except Exception as error:  # whatever it is, it is what is wrong here
+            findings.append(Finding(name, False, f"{error}" or type(error).__name__))
+    return findings
+
+
+def _directory(path: Path) -> str:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist: create it with mode 0700 for the service's user")
+    return str(path)
+
+
+def _private(path: Path) -> str:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise PermissionError(f"{path} has mode {mode:04o}: chmod 600 {path}")
+    return f"mode {mode:04o}"
+
+
+def _certificate(path: Path) -> str:
+    certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
+    left = certificate.not_valid_after_utc - dt.datetime.now(dt.UTC)
+    if left < dt.timedelta(0):
+        raise ValueError(f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}: renew it")
+    return f"valid for {left.days} days"
+
+
+def _disk(path: Path) -> str:
+    usage = shutil.disk_usage(path)
+    used = 100 * usage.used / usage.total
+    if used > 90:
+        raise OSError(f"{used:.0f} % used: free space, or the audit log cannot be written soon")
+    return f"{used:.0f} % used"
+
+
+def _hsm(config: Config, name: str) -> str:
+    from keystore.pkcs11 import open_token
+    from service.wiring import token_configs
+
+    token = next(t for t in token_configs(config) if t.name == name)
+    hsm = open_token(token)
+    try:
+        status = hsm.status()
+    finally:
+        hsm.close()
+    return f"token {status.token_label} serial {status.token_serial}: self-test passed, makes {', '.join(status.specs)}"
+
+
+def _policy(config: Config) -> str:
+    from policy import Policy
+
+    found = Policy.load(config.policy.bundle)
+    development = " DEVELOPMENT CHARTER: not for real keys" if found.development else ""
+    return f"version {found.version}, digest {found.digest[:12]}{development}"
+
+
+def _database(config: Config) -> str:
+    from service.database import open_engine, ping
+
+    engine = open_engine(config.database.url)
+    try:
+        ping(engine)
+    finally:
+        engine.dispose()
+    return config.database.url.split("@")[-1]
