@@ -414,7 +414,8 @@ class Verifier:
         }
         for name, (stored, computed) in derived.items():
             if stored != computed:
-                raise Bad("E_DERIVED", where, f"stored column {name} differs from the entries")
+                at = where if name == "n" else f"{self.chain.log}/{self.chain.n - 1}"
+                raise Bad("E_DERIVED", at, f"stored column {name} differs from the entries")
         statement = seal_statement(self.chain.log, b.epoch, start, count, self.chain.previous)
         if not check_seal(self.writer, b.seal, statement):
             raise Bad("E_SEAL", where, "not sealed by the certified writer of this epoch")

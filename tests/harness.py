@@ -158,15 +158,15 @@ def skms(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
 
 def start(directory: Path, *arguments: str, timeout: float = 60.0, log: Path | None = None) -> Served:
     """Start `skms dev up` and wait until it is ready."""
-    sink = (log or directory.with_suffix(".log")).open("ab")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service.cli.main", "dev", "up", "--dir", str(directory), *arguments],
-        stdout=sink,
-        stderr=sink,
-        cwd=ROOT,
-        start_new_session=True,
-        env={**os.environ, "PYTHONWARNINGS": "default"},
-    )
+    written = log or directory.with_suffix(".log")
+    with written.open("ab") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli.main", "dev", "up", "--dir", str(directory), "--port", "0", *arguments],
+            stdout=sink,
+            stderr=sink,
+            cwd=ROOT,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         asked = skms("dev", "env", "--dir", str(directory), "--json")
@@ -176,7 +176,7 @@ def start(directory: Path, *arguments: str, timeout: float = 60.0, log: Path | N
             break
         time.sleep(0.2)
     stop(process)
-    raise RuntimeError("the node did not become ready:\n" + Path(sink.name).read_text()[-4_000:])
+    raise RuntimeError("the node did not become ready:\n" + written.read_text()[-4_000:])
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

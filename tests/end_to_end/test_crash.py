@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import pytest
 
 from harness import ROOT, Files, prepared, skms, start, stop, tls_of
 
@@ -111,7 +110,6 @@ def check_receipts(files: Files, history: History, directory: Path) -> None:
     assert verdict.returncode == 0, verdict.stdout.decode() + verdict.stderr.decode()
 
 
-@pytest.mark.timeout(7_200)
 def test_R1_no_acknowledged_operation_is_lost_when_the_process_is_killed(tmp_path: Path) -> None:
     node = start(tmp_path / "node")
     stop(node.process)

@@ -41,7 +41,7 @@ OPERATIONS: dict[str, tuple[str, frozenset[str], bool]] = {
     "verify": ("sign", frozenset({"workload"}), True),
     "mac": ("mac", frozenset({"workload"}), True),
     "verify-mac": ("mac", frozenset({"workload"}), True),
-    "describe": ("encrypt", frozenset({"operator", "officer", "custodian", "auditor"}), False),
+    "describe": ("encrypt", frozenset({"workload", "operator", "officer", "custodian", "auditor"}), False),
 }
 OPERATOR_ROLES = ("operator", "officer", "custodian", "auditor")
 

@@ -1,0 +1,52 @@
+#!/bin/sh
+# Everything a fresh Debian or Ubuntu needs to run and test this: Python, SoftHSM2, a virtual environment with locked
+# dependencies. Idempotent; a second run takes less than a second. Root or passwordless sudo installs Debian packages;
+# without, one line says what to install.
+set -eu
+cd "$(dirname "$0")/.."
+
+apt_install() { # packages... ; one line and status 1 if they cannot be installed
+    if [ "$(id -u)" = 0 ]; then as_root=""; elif sudo -n true 2>/dev/null; then as_root="sudo -n"; else as_root=none; fi
+    if [ "$as_root" = none ] || ! command -v apt-get >/dev/null; then
+        echo "please install, as root: apt-get install $*   then run this again" >&2
+        exit 1
+    fi
+    echo "installing $*" >&2
+    log=$(mktemp)
+    if ! { $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" ||
+        { $as_root apt-get update -qq &&
+            $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@"; }; } >"$log" 2>&1; then
+        cat "$log" >&2
+        echo "please install, as root: apt-get install $*   then run this again" >&2
+        exit 1
+    fi
+    rm -f "$log"
+}
+
+find_python() {
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+}
+
+command -v softhsm2-util >/dev/null || apt_install softhsm2
+
+stamp=.venv/.locked
+wanted=$(cat requirements-dev.lock pyproject.toml | sha256sum | cut -d' ' -f1)
+if [ -x .venv/bin/python ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted $(pwd)" ]; then exit 0; fi
+
+python=$(find_python)
+[ -n "$python" ] || { apt_install python3 python3-venv; python=$(find_python); }
+[ -n "$python" ] || { echo "please install Python 3.11 or newer, then run this again" >&2; exit 1; }
+"$python" -c 'import ensurepip, venv' 2>/dev/null || apt_install python3-venv
+
+echo "making .venv with $("$python" --version)" >&2
+rm -rf .venv
+"$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-dev.lock
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+echo "$wanted $(pwd)" >$stamp
