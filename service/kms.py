@@ -445,7 +445,7 @@ class Kms:
             found = self.keystore.by_id(envelope.key_id)
         except KeyNotFound:
             raise InvalidCiphertext from None
-        if found.tenant != self._tenant(entry.ask) or envelope.version > found.latest.number:
+        if found.tenant != entry.ask.caller.tenant or envelope.version > found.latest.number:
             raise InvalidCiphertext
         if expect_key is not None and self.keystore.find(found.tenant, expect_key).id != found.id:
             raise IncorrectKey

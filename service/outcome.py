@@ -11,6 +11,7 @@ from typing import Final
 import audit.log
 import keystore
 import policy
+from service.rows import NoSuchToken
 
 
 class NotFound(Exception):
@@ -76,6 +77,7 @@ ERROR: Final = "error"  # our side could not do it
 OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
     keystore.KeyNotFound: (DENIED, "not_found"),
     NotFound: (DENIED, "not_found"),
+    NoSuchToken: (DENIED, "not_found"),
     keystore.KeyDestroyed: (DENIED, "key_destroyed"),
     keystore.WrongState: (DENIED, "key_state_invalid"),
     Withheld: (DENIED, "key_state_invalid"),

@@ -8,6 +8,7 @@ dropped: a client with the saved session alone was accepted with its old identit
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 import time
 from typing import Any, Final
@@ -17,12 +18,15 @@ from cryptography import x509
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.requests import uuid7
+
 MAX_HEAD: Final = 32_768
 MAX_HEADERS: Final = 100
 MAX_MESSAGE: Final = 5 * 2**20
 HEAD_DEADLINE_S: Final = 10.0
 MAX_AGE_S: Final = 300.0
 DRAIN_S: Final = 20
+GOODBYE_S: Final = 0.5  # for the TLS close_notify of an idle connection
 _ONCE: Final = (b"authorization", b"content-length", b"content-type", b"transfer-encoding", b"host")
 
 
@@ -62,6 +66,12 @@ class TlsClientCertProtocol(HttpToolsProtocol):
             timer.cancel()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """End the connection after the answer that is under way; a peer that does not say goodbye is not waited for."""
+        super().shutdown()
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(GOODBYE_S, self.transport.abort)
+
     def data_received(self, data: bytes) -> None:
         """Feed in slices: httptools itself buffers a header or trailer of any size."""
         while data and not self.transport.is_closing():
@@ -83,7 +93,17 @@ class TlsClientCertProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """A constant answer: never the parser's text, never the input."""
         status, reason = self._refusal
-        body = b'{"status":%d,"title":"%s","code":"request_malformed"}' % (status, reason.encode())
+        body = json.dumps(
+            {
+                "type": "urn:skms:problem:request_malformed",
+                "title": reason,
+                "status": status,
+                "code": "request_malformed",
+                "retryable": False,
+                "executed": False,
+                "request_id": uuid7(time.time_ns() // 1_000),
+            }
+        ).encode()
         head = b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()

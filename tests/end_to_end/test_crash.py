@@ -7,6 +7,7 @@ What was acknowledged must decrypt, what was answered must be in the log, and th
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import random
 import re
@@ -47,16 +48,12 @@ def launch(files: Files, log: Path) -> tuple[subprocess.Popen[bytes], float]:
             stderr=sink,
             cwd=ROOT,
         )
-    probe = httpx.Client(base_url=files.url, verify=tls_of(files, None), timeout=2)
-    while time.monotonic() - begun < 30:
-        if process.poll() is not None:
-            break
-        try:
-            if probe.get("/readyz").status_code == 200:
-                return process, time.monotonic() - begun
-        except httpx.TransportError:
-            pass
-        time.sleep(0.02)
+    with httpx.Client(base_url=files.url, verify=tls_of(files, None), timeout=2) as probe:
+        while time.monotonic() - begun < 30 and process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if probe.get("/readyz").status_code == 200:
+                    return process, time.monotonic() - begun
+            time.sleep(0.02)
     process.kill()
     raise AssertionError("not ready:\n" + log.read_text()[-3_000:])
 

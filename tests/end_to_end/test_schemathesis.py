@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -26,9 +27,13 @@ def test_P4_the_committed_document_is_what_is_served(node: Served) -> None:
 @pytest.mark.parametrize("name", ["health-eu-de-1", "defence-operator"])
 def test_P4_schemathesis_finds_no_fault(node: Served, name: str, tmp_path: Path) -> None:
     who = node.identities[name]
+    # The certificate is the credential here; with the bearer scheme in the document most cases would carry a made-up token.
+    described = {k: v for k, v in document().items() if k != "security"}
+    described["components"] = {k: v for k, v in described["components"].items() if k != "securitySchemes"}
+    (tmp_path / "openapi.json").write_text(json.dumps(described))
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "schemathesis.cli", "run", str(ROOT / "openapi.yaml"), "--url", node.url),
+            *(sys.executable, "-m", "schemathesis.cli", "run", str(tmp_path / "openapi.json"), "--url", node.url),
             *("--checks", "not_a_server_error,status_code_conformance,content_type_conformance"),
             *("--checks", "response_schema_conformance,response_headers_conformance"),
             *("--max-examples", CASES, "--phases", "examples,coverage,fuzzing,stateful", "--seed", "20261124"),
