@@ -284,7 +284,14 @@ class Log:
     async def start(self) -> None:
         """Take a slot, fence its earlier writer, check its tail, open. Bad if the tail does not verify."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._take_over)
+        try:
+            await loop.run_in_executor(self._thread, self._take_over)
+        except BaseException:
+            await loop.run_in_executor(self._thread, self._disconnect)
+            self._thread.shutdown(wait=True)
+            if self._lock_file is not None:
+                self._lock_file.close()
+            raise
         self.state = "RUNNING"
         self._clock_base = (self._clock(), self._monotonic())
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._heartbeat())]
@@ -855,18 +862,23 @@ def restore(blob: bytes, seal: bytes, epoch: int, name: str, audit_key: bytes) -
 
 def verify_database(engine: Engine, trust: Trust) -> Report:
     """Recompute and compare every stored column of every audit table; the first bad record of each chain is named."""
-    report = Report()
     with engine.connect() as connection:
-        shards = connection.execute(sa.select(_shard).order_by(_shard.c.shard)).mappings().all()
-        if not shards:
-            report.add("E_MISSING", trust.origin, "the database holds no chain")
-        known = {row["shard"] for row in shards}
-        for table in (_batch, _snapshot, _intent):
-            stray = connection.execute(sa.select(sa.func.count()).where(table.c.shard.not_in(known))).scalar()
-            if stray:
-                report.add("E_DERIVED", table.name, f"{stray} rows belong to no chain")
-        for row in shards:
-            _verify_shard(connection, row, trust, report)
+        return verify_connection(connection, trust)
+
+
+def verify_connection(connection: Connection, trust: Trust) -> Report:
+    """As `verify_database`, on a connection: what it sees in its transaction."""
+    report = Report()
+    shards = connection.execute(sa.select(_shard).order_by(_shard.c.shard)).mappings().all()
+    if not shards:
+        report.add("E_MISSING", trust.origin, "the database holds no chain")
+    known = {row["shard"] for row in shards}
+    for table in (_batch, _snapshot, _intent):
+        stray = connection.execute(sa.select(sa.func.count()).where(table.c.shard.not_in(known))).scalar()
+        if stray:
+            report.add("E_DERIVED", table.name, f"{stray} rows belong to no chain")
+    for row in shards:
+        _verify_shard(connection, row, trust, report)
     report.anchored = True  # the shard rows are what the writers committed; exports need receipts or a state
     return report
 

@@ -1,0 +1,357 @@
+"""The writer: durable before it answers, one group at a time, fenced, and honest about what it cannot tell."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from audit_lab import Lab, intent, now, op, outcome
+
+from audit import event, log
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_receipts_name_durable_records_and_the_log_verifies(made: Lab) -> None:
+    writer = made.writer()
+    await writer.start()
+    receipts = await asyncio.gather(*(writer.append(op(f"t{i % 3}")) for i in range(200)))
+    assert [r.seq for r in receipts] == list(range(1, 201))
+    assert writer.groups < 200, "records were not committed in groups"
+    await writer.close()
+    assert made.verify() == []
+    found = made.writer().records(tenant="t1", limit=500)
+    assert len(found) == 67
+    assert {f.record["tenant"] for f in found} == {"t1"}
+
+
+async def test_A_change_commits_with_its_record_and_a_failing_one_harms_no_neighbour(made: Lab) -> None:
+    writer = made.writer()
+    await writer.start()
+    seen: list[str] = []
+
+    def change(name: str) -> log.Change:
+        return log.Change(
+            write=lambda c: c.execute(sa.text("INSERT INTO things VALUES (:n)"), {"n": name}) and None,
+            applied=lambda: seen.append(name),
+        )
+
+    first, second = intent(), intent()
+    await writer.append(first)
+    await writer.append(second)
+    await writer.append(outcome(first), change=change("a"))
+    results = await asyncio.gather(
+        writer.append(op()),
+        writer.append(outcome(second), change=change("a")),  # the same name again: refused by the table
+        writer.append(op()),
+        return_exceptions=True,
+    )
+    assert isinstance(results[1], log.ChangeFailed)
+    assert isinstance(results[0], log.Receipt)
+    assert isinstance(results[2], log.Receipt)
+    assert seen == ["a"]
+    (undone,) = [f for f in writer.records(op="rotate_key", out="error")]
+    assert undone.record["why"] == "change_undone"
+    await writer.close()
+    assert made.verify() == []
+
+
+async def test_A_zombie_writer_is_fenced_and_writes_nothing_more(made: Lab) -> None:
+    zombie = made.writer()
+    await zombie.start()
+    await zombie.append(op())
+    heir = made.writer(locks="other-locks")  # as a node whose lock was lost would see it
+    await heir.start()
+    with pytest.raises(log.Fenced):
+        await zombie.append(op())
+    assert zombie.state == "FENCED"
+    await heir.append(op())
+    await heir.close()
+    await zombie.close()
+    assert made.verify() == []
+
+
+async def test_two_workers_take_two_slots(made: Lab) -> None:
+    one, two = made.writer(), made.writer()
+    await one.start()
+    await two.start()
+    assert {one.name, two.name} == {"kms.example/audit/n0-0", "kms.example/audit/n0-1"}
+    await asyncio.gather(*(w.append(op()) for w in (one, two) for _ in range(20)))
+    await one.close()
+    await two.close()
+    assert made.verify() == []
+
+
+async def test_S_04_a_removed_database_answers_unavailable_within_two_seconds(made: Lab, tmp_path: Path) -> None:
+    writer = made.writer()
+    await writer.start()
+    await writer.append(op())
+    aside = tmp_path / "aside.db"
+    made.path.rename(aside)
+    begun = time.monotonic()
+    with pytest.raises(log.Unavailable):
+        await writer.append(op())
+    assert time.monotonic() - begun < 2.5
+    assert writer.state == "DEGRADED"
+    aside.rename(made.path)
+    await writer.append(op())
+    assert writer.state == "RUNNING"
+    await writer.close()
+    assert made.verify() == []
+
+
+async def test_S_04_a_locked_database_is_late_and_the_record_that_lands_is_withheld(made: Lab) -> None:
+    writer = made.writer(deadline_s=0.3)
+    await writer.start()
+    blocker = sqlite3.connect(made.path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    record = op()
+    with pytest.raises(log.Unavailable):
+        await writer.append(record)
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        kinds = [f.record["kind"] for f in writer.records(limit=10)]
+        if "withheld" in kinds:
+            break
+        await asyncio.sleep(0.05)
+    (withheld,) = [f.record for f in writer.records(limit=10) if f.record["kind"] == "withheld"]
+    assert withheld["intent"] == record.id
+    await writer.close()
+    assert made.verify() == []
+
+
+async def test_an_intent_that_a_crash_left_open_is_settled_at_the_next_start(made: Lab) -> None:
+    crashed = made.writer()
+    await crashed.start()
+    left = intent()
+    await crashed.append(left)
+    # No close: the process is gone. Its lock with it.
+    crashed._lock_file.close()
+    heir = made.writer()
+    await heir.start()
+    (settled,) = [f.record for f in heir.records(op="rotate_key") if f.record["kind"] == "outcome"]
+    assert (settled["intent"], settled["out"], settled["why"]) == (left.id, "error", "interrupted")
+    await heir.close()
+    assert made.verify() == []
+
+
+async def test_a_restart_goes_on_from_a_snapshot_and_refuses_a_spoilt_tail(made: Lab) -> None:
+    first = made.writer()
+    await first.start()
+    for _ in range(30):
+        await first.append(op())
+    await first.close()
+    second = made.writer()
+    await second.start()
+    await second.append(op())
+    second._lock_file.close()  # as if killed: no snapshot of its own
+    with sqlite3.connect(made.path) as db:
+        db.execute("DROP TRIGGER audit_batch_update")
+        db.execute("UPDATE audit_batch SET head = zeroblob(32) WHERE first_seq = (SELECT max(first_seq) FROM audit_batch)")
+    from audit.chain import Bad
+
+    with pytest.raises(Bad):
+        await made.writer().start()
+
+
+async def test_the_clock_stepping_back_is_recorded_and_far_forward_is_refused(made: Lab) -> None:
+    shift = 0
+
+    def clock() -> int:
+        return now() + shift
+
+    writer = made.writer(clock=clock)
+    await writer.start()
+    await writer.append(op())
+    shift = -3_600_000_000
+    await writer.append(op())
+    assert any(f.record["kind"] == "clock" for f in writer.records(limit=10))
+    shift = 3_600_000_000
+    with pytest.raises(log.Unavailable, match="clock"):
+        await writer.append(op())
+    shift = -3_600_000_000
+    await writer.append(op())
+    await writer.close()
+    assert made.verify() == []
+
+
+async def test_searching_pages_through_everything_once(made: Lab) -> None:
+    writer = made.writer()
+    await writer.start()
+    for i in range(60):
+        await writer.append(op(f"t{i % 2}"))
+    seen: list[int] = []
+    after: tuple[str, int] | None = None
+    while page := writer.records(tenant="t0", after=after, limit=7):
+        seen += [f.seq for f in page]
+        after = (page[-1].log, page[-1].seq)
+    assert seen == sorted(set(seen), reverse=True)
+    assert len(seen) == 30
+    await writer.close()
+
+
+class Mutations:
+    """Random changes of one stored value, as a database owner could make them."""
+
+    KEYS = {
+        "audit_batch": ("day", "shard", "first_seq"),
+        "audit_shard": ("shard",),
+        "audit_snapshot": ("shard", "at_seq"),
+        "audit_intent": ("id",),
+    }
+
+    def __init__(self, db: sqlite3.Connection, seed: int) -> None:
+        self.db, self.chooser = db, random.Random(seed)
+        db.row_factory = sqlite3.Row
+        self.rows = {t: [dict(r) for r in db.execute(f"SELECT * FROM {t}")] for t in self.KEYS}
+
+    def one(self) -> str:
+        """Apply one; says what was done."""
+        table = self.chooser.choice([t for t, rows in self.rows.items() for _ in range(3 if t == "audit_batch" else 1) if rows])
+        row = self.chooser.choice(self.rows[table])
+        where = " AND ".join(f"{k} = ?" for k in self.KEYS[table])
+        key = [row[k] for k in self.KEYS[table]]
+        if table != "audit_snapshot" and self.chooser.random() < 0.05:
+            self.db.execute(f"DELETE FROM {table} WHERE {where}", key)
+            return f"deleted a row of {table}"
+        column = self.chooser.choice(list(row))
+        value = self._other(row[column], table, column)
+        self.db.execute(f"UPDATE {table} SET {column} = ? WHERE {where}", [value, *key])
+        return f"{table}.{column}: {row[column]!r:.60} -> {value!r:.60}"
+
+    def _other(self, value: Any, table: str, column: str) -> Any:
+        if self.chooser.random() < 0.2:
+            values = [r[column] for r in self.rows[table] if r[column] != value]
+            if values:
+                return self.chooser.choice(values)
+        match value:
+            case int():
+                return value + self.chooser.choice([-1, 1, 7, 86_400, 2**31])
+            case bytes() if not value:
+                return b"\0"
+            case bytes():
+                at, kind = self.chooser.randrange(len(value)), self.chooser.randrange(4)
+                if kind == 0:
+                    return value[:at]
+                if kind == 1:
+                    return value + bytes([self.chooser.randrange(256)])
+                if kind == 2:
+                    return value[:at] + value[at + 1 :]
+                return value[:at] + bytes([value[at] ^ 1 << self.chooser.randrange(8)]) + value[at + 1 :]
+        at = self.chooser.randrange(len(value))
+        return value[:at] + chr((ord(value[at]) + 1) % 128) + value[at + 1 :]
+
+
+async def test_10_000_random_mutations_of_a_stored_log_and_none_undetected(made: Lab) -> None:
+    writer = made.writer()
+    await writer.start()
+    open_one = intent()
+    for i in range(8):
+        await writer.append(op(f"t{i % 2}"))
+    await writer.append(open_one)
+    done = intent()
+    await writer.append_many([done, op(), op()])
+    await writer.append(outcome(done))
+    await writer.close()
+    heir = made.writer()
+    await heir.start()
+    await heir.append(intent())
+    heir._lock_file.close()
+    memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    with sqlite3.connect(made.path) as stored:
+        stored.backup(memory)
+    for table in ("batch", "snapshot"):
+        for verb in ("update", "delete"):
+            memory.execute(f"DROP TRIGGER audit_{table}_{verb}")
+    engine = sa.create_engine("sqlite://", creator=lambda: memory, poolclass=sa.StaticPool)
+    sa.event.listen(engine, "begin", lambda c: None)
+    mutations = Mutations(memory, seed=20_261_124)
+    missed: list[str] = []
+    with engine.connect() as connection:
+        assert log.verify_connection(connection, made.trust).findings == []
+        trials = 0
+        while trials < 10_000:
+            memory.execute("SAVEPOINT trial")
+            try:
+                what = mutations.one()
+            except sqlite3.IntegrityError:
+                memory.execute("ROLLBACK TO trial")
+                memory.execute("RELEASE trial")
+                continue
+            trials += 1
+            memory.row_factory = None
+            report = log.verify_connection(connection, made.trust)
+            memory.row_factory = sqlite3.Row
+            memory.execute("ROLLBACK TO trial")
+            memory.execute("RELEASE trial")
+            if not any(f.code.startswith("E_") for f in report.findings):
+                missed.append(what)
+    assert not missed, f"{len(missed)} undetected: {missed[:5]}"
+
+
+async def test_R1_kill_9_of_a_writer_loses_no_receipt(made: Lab, tmp_path: Path) -> None:
+    script = f"""
+import asyncio, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
+from audit_lab import Lab, op
+async def main():
+    from audit_lab import ORIGIN
+    lab = Lab.__new__(Lab)
+    from service.database import open_engine
+    from pathlib import Path
+    lab.directory, lab.path = Path({str(tmp_path)!r}), Path({str(made.path)!r})
+    lab.engine = open_engine("sqlite:///{made.path}")
+    class Signer:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey as K
+        key = K.from_private_bytes(bytes.fromhex({made.signer._key.private_bytes_raw().hex()!r}))
+        def public_key(self): return bytes.fromhex({made.signer.public_key().hex()!r})
+        def sign(self, s): return self.key.sign(s)
+    lab.signer = Signer()
+    w = lab.writer()
+    await w.start()
+    while True:
+        for r in await asyncio.gather(*(w.append(op(f"t{{i}}")) for i in range(16))):
+            print(r.seq, r.leaf.hex(), flush=False)
+        sys.stdout.flush()
+asyncio.run(main())
+"""
+    receipts: dict[int, str] = {}
+    chooser = random.Random(5)
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ)
+        await asyncio.sleep(1.2 + chooser.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        printed, _ = process.communicate()
+        for line in printed.decode().splitlines():
+            seq, _, leaf = line.partition(" ")
+            if len(leaf) == 64:
+                receipts[int(seq)] = leaf
+    assert len(receipts) > 100
+    heir = made.writer()
+    await heir.start()
+    await heir.close()
+    from audit.verify import check_chain
+
+    report = log.Report()
+    with made.engine.connect() as connection:
+        (row,) = connection.execute(sa.text("SELECT shard, log_id FROM audit_shard")).all()
+        check_chain(row[1], log._batches(connection, row[0], row[1]), made.trust, report, wanted=receipts)
+    assert report.findings == []
+
+
+def test_every_operation_of_the_api_is_in_the_closed_list() -> None:
+    from service.protocols.native import ROUTES
+
+    assert {r.op for r in ROUTES} <= event.OPERATIONS
