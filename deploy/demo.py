@@ -99,7 +99,9 @@ class Demo:
             if subprocess.run(command, capture_output=True, check=False, cwd=ROOT).returncode == 0:
                 url = json.loads((self.node / "env.json").read_text())["base_url"]
                 self.note(f"ready on {url} after {time.monotonic() - begun:.1f} s")
-                self.note("[yellow]development charter: proof 3 is enough for tier 1, no TEE asked; not for real keys[/]")
+                self.note(
+                    "[yellow]development charter: proof 3 is enough for tier 1, no TEE asked; not for real keys[/]"
+                )
                 return process
             time.sleep(0.1)
         raise NotAsItShouldBe("the node did not start:\n" + (self.directory / "node.log").read_text()[-2_000:])
@@ -114,7 +116,9 @@ class Demo:
                     identity="health-operator",
                 )
             )
-            self.note(f"alias/{alias}: tier {created['tier']}, callers from {', '.join(created['reach'])}, {created['id']}")
+            self.note(
+                f"alias/{alias}: tier {created['tier']}, callers from {', '.join(created['reach'])}, {created['id']}"
+            )
 
     def protect(self) -> None:
         self.step(f"A workload of tenant health in eu-de-1 protects {self.file}")
@@ -125,7 +129,9 @@ class Demo:
             identity="health-eu-de-1",
         )
         took = time.monotonic() - begun
-        self.note(f"{self.file.stat().st_size:,} bytes -> {self.protected.stat().st_size:,} in {took:.1f} s, context bound")
+        self.note(
+            f"{self.file.stat().st_size:,} bytes -> {self.protected.stat().st_size:,} in {took:.1f} s, context bound"
+        )
 
     def restore(self) -> None:
         self.step("… and restores it, bit for bit")
@@ -160,7 +166,9 @@ class Demo:
         with self.client("health-auditor") as auditor:
             found = auditor.get("/v1/audit/records?out=denied&page_size=1").json()["items"][0]["record"]
         expect("charter.caller" in found["rule"], f"the record names {found.get('rule')}")
-        self.note(f"the auditor of health sees: {found['op']} {found['out']} by {', '.join(found['rule'])}, decision {found['id']}")
+        self.note(
+            f"the auditor of health sees: {found['op']} {found['out']} by {', '.join(found['rule'])}, decision {found['id']}"
+        )
 
     def rotate(self) -> None:
         self.step("The key rotates under load; the old file still opens")

@@ -1,7 +1,16 @@
 """Keys, and the HSMs that hold them: wrapped rows in SQL, unwrapped only inside the HSM of their own region."""
 
 from keystore.catalog import Catalog, ListFilter
-from keystore.envelope import MAX_PAIRS, ContextRefused, Envelope, EnvelopeInfo, Purpose, from_text, inspect, to_text
+from keystore.envelope import (
+    ContextRefused,
+    Envelope,
+    EnvelopeInfo,
+    Purpose,
+    context_of,
+    from_text,
+    inspect,
+    to_text,
+)
 from keystore.hsm import (
     Hsm,
     HsmFault,
@@ -14,9 +23,13 @@ from keystore.hsm import (
     UnsupportedByHsm,
 )
 from keystore.key import (
+    AlgorithmMismatch,
     AliasInUse,
+    DigestLength,
+    InputRefused,
     Key,
     KeyDestroyed,
+    KeyLimitReached,
     KeyNotFound,
     KeySpec,
     KeyState,
@@ -24,27 +37,19 @@ from keystore.key import (
     KeyVersion,
     Rotation,
     StaleKey,
+    UsageMismatch,
     VersionFenced,
     WrongState,
 )
-from keystore.store import (
-    Batch,
-    InputRefused,
-    KeyLimitReached,
-    Keystore,
-    NewKey,
-    Plan,
-    Sealed,
-    UsageMismatch,
-    check_use,
-)
+from keystore.store import Batch, Keystore, NewKey, Plan, Sealed, check_use
 
 __all__ = [
-    "MAX_PAIRS",
+    "AlgorithmMismatch",
     "AliasInUse",
     "Batch",
     "Catalog",
     "ContextRefused",
+    "DigestLength",
     "Envelope",
     "EnvelopeInfo",
     "Hsm",
@@ -77,6 +82,7 @@ __all__ = [
     "VersionFenced",
     "WrongState",
     "check_use",
+    "context_of",
     "from_text",
     "inspect",
     "to_text",

@@ -7,17 +7,21 @@ that other workers notice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import IntegrityError
 
+from keystore.hsm import RowDamaged
 from keystore.key import (
+    API_STATE,
     AliasInUse,
     Key,
     KeyNotFound,
@@ -30,6 +34,8 @@ from keystore.key import (
 )
 
 tables: Final = sa.MetaData()
+_PAGE: Final = 200  # rows read at a time where a filter is applied here and not in SQL
+_CHUNK: Final = 500  # ids in one IN (...)
 
 _key: Final = sa.Table(
     "keystore_key",
@@ -57,8 +63,11 @@ _key: Final = sa.Table(
     sa.Column("min_encrypt_version", sa.Integer, nullable=False),
     sa.Column("delete_at", sa.BigInteger),
     sa.Column("mac", sa.LargeBinary, nullable=False),
+    sa.Column("changed", sa.BigInteger, nullable=False),  # keystore_epoch of the last change; no meaning, no MAC
 )
 sa.Index("keystore_key_tenant", _key.c.tenant, _key.c.key_id)
+sa.Index("keystore_key_changed", _key.c.changed)
+sa.Index("keystore_key_delete_at", _key.c.delete_at)
 
 _version: Final = sa.Table(
     "keystore_version",
@@ -158,7 +167,10 @@ class Catalog:
             found = c.execute(wanted).scalar()
         if found is None:
             raise KeyNotFound("no such key")
-        return uuid.UUID(found)
+        try:
+            return uuid.UUID(found)
+        except ValueError:
+            raise RowDamaged("the row of an alias was changed outside the service") from None
 
     def keys(self, tenant: str, wanted: ListFilter, *, after: uuid.UUID | None, limit: int) -> list[Key]:
         """Up to `limit` keys of a tenant after an id, in the order of ids."""
@@ -169,15 +181,18 @@ class Catalog:
             chosen = chosen.where(_key.c.usage == wanted.usage)
         if wanted.region is not None:
             chosen = chosen.where(_key.c.home == wanted.region)
+        if wanted.state is not None:
+            chosen = chosen.where(_in_state(wanted.state))
         found: list[Key] = []
+        size = limit if not wanted.tags else max(limit, _PAGE)
         with self._engine.connect() as c:
-            # State and tags are read from the row's JSON and dates, so they are filtered here, page by page.
+            # Tags stand in the row's JSON, so they are filtered here, page by page.
             position = after
             while len(found) < limit:
                 page = chosen if position is None else chosen.where(_key.c.key_id > str(position))
-                rows = self._keys(c, page.limit(limit))
-                found += [k for k in rows if _matches(k, wanted)]
-                if len(rows) < limit:
+                rows = self._keys(c, page.limit(size))
+                found += [k for k in rows if all(k.tags.get(n) == v for n, v in wanted.tags.items())]
+                if len(rows) < size:
                     break
                 position = rows[-1].id
         return found[:limit]
@@ -191,50 +206,82 @@ class Catalog:
             rows = c.execute(chosen.order_by(_alias.c.alias).limit(limit)).all()
         return [(name, uuid.UUID(key)) for name, key in rows]
 
-    def rotating(self) -> list[Key]:
-        """Active keys that rotate by themselves, or must (suite 0x0002 counts its nonces)."""
+    def rotations_due(self, now: int, *, homes: Iterable[str], strict: tuple[int, int]) -> list[Key]:
+        """Enabled keys of these regions whose newest version is too old or used too often.
+
+        `strict` is (suite, uses): a suite that counts its nonces, and where its keys must rotate whatever they say.
+        """
+        each = _version.alias()
+        newest = sa.select(sa.func.max(each.c.number)).where(each.c.key_id == _key.c.key_id)
+        suite, uses = strict
+        wanted = (
+            sa.select(_key)
+            .select_from(_key.join(_version, _version.c.key_id == _key.c.key_id))
+            .where(
+                _version.c.number == newest.correlate(_key).scalar_subquery(),
+                _key.c.state == str(KeyState.ACTIVE),
+                _key.c.delete_at.is_(None),
+                _key.c.home.in_(list(homes)),
+                (_version.c.created_at + _key.c.max_age * 1_000_000 <= now)
+                | (_version.c.uses >= _key.c.max_uses)
+                | ((_key.c.suite == suite) & (_version.c.uses >= uses)),
+            )
+        )
+        with self._engine.connect() as c:
+            return self._keys(c, wanted)
+
+    def deletions_due(self, now: int, *, homes: Iterable[str]) -> list[Key]:
+        """Keys of these regions whose waiting time is over."""
         wanted = sa.select(_key).where(
-            _key.c.state == str(KeyState.ACTIVE),
-            _key.c.delete_at.is_(None),
-            _key.c.max_age.is_not(None) | _key.c.max_uses.is_not(None) | (_key.c.suite == 2),
+            _key.c.delete_at <= now, _key.c.state != str(KeyState.DESTROYED), _key.c.home.in_(list(homes))
         )
         with self._engine.connect() as c:
             return self._keys(c, wanted)
 
-    def deletions_due(self, now: int) -> list[Key]:
-        """Keys whose waiting time is over."""
-        wanted = sa.select(_key).where(_key.c.delete_at <= now, _key.c.state != str(KeyState.DESTROYED))
+    def changed_since(self, epoch: int) -> list[Key]:
+        """Keys that changed after an epoch, whoever owns them. A row that cannot be read is left out."""
         with self._engine.connect() as c:
-            return self._keys(c, wanted)
+            wanted = sa.select(_key.c.key_id).where(_key.c.changed > epoch)
+            ids = list(c.execute(wanted).scalars())
+            found: list[Key] = []
+            for at in range(0, len(ids), _CHUNK):
+                found += self._keys(
+                    c, sa.select(_key).where(_key.c.key_id.in_(ids[at : at + _CHUNK])), leave_out_damaged=True
+                )
+        return found
 
-    def secret(self, tenant: str) -> SecretRow | None:
-        """The newest audit key of a tenant."""
-        wanted = sa.select(_secret).where(_secret.c.tenant == tenant).order_by(_secret.c.generation.desc()).limit(1)
+    def secrets(self, tenant: str) -> list[SecretRow]:
+        """A tenant's audit keys, newest first; RowDamaged for a row that cannot be read."""
+        wanted = sa.select(_secret).where(_secret.c.tenant == tenant).order_by(_secret.c.generation.desc())
         with self._engine.connect() as c:
-            row = c.execute(wanted).mappings().first()
-        if row is None:
-            return None
-        return SecretRow(
-            row["tenant"],
-            row["generation"],
-            uuid.UUID(row["object_id"]),
-            row["mechanism"],
-            uuid.UUID(row["kek"]),
-            row["blob"],
-            row["mac"],
-        )
+            rows = c.execute(wanted).mappings().all()
+        try:
+            return [
+                SecretRow(
+                    tenant=row["tenant"],
+                    generation=row["generation"],
+                    object_id=uuid.UUID(row["object_id"]),
+                    mechanism=row["mechanism"],
+                    kek=uuid.UUID(row["kek"]),
+                    blob=row["blob"],
+                    mac=row["mac"],
+                )
+                for row in rows
+            ]
+        except ValueError:
+            raise RowDamaged("a tenant's audit key row was changed outside the service") from None
 
     # ---- writing ---------------------------------------------------------------------------------------------
 
     def insert(self, c: Connection, key: Key) -> None:
         """A new key with its versions."""
-        c.execute(sa.insert(_key), [_key_values(key)])
+        epoch = self._bump(c)
+        c.execute(sa.insert(_key), [{**_key_values(key), "changed": epoch}])
         c.execute(sa.insert(_version), [_version_values(key.id, v) for v in key.versions])
-        self._bump(c)
 
     def update(self, c: Connection, key: Key, *, was: int, versions: Iterable[KeyVersion] = ()) -> None:
         """The key's new row and changed or added versions; StaleKey if the row is no longer at `was`."""
-        values = _key_values(key)
+        values = {**_key_values(key), "changed": self._bump(c)}
         changed = c.execute(
             sa.update(_key).where(_key.c.key_id == values.pop("key_id"), _key.c.kv == was).values(values)
         )
@@ -246,10 +293,14 @@ class Catalog:
             keep = {k: v for k, v in row.items() if k not in {"key_id", "number", "uses"}}
             if c.execute(sa.update(_version).where(there).values(keep)).rowcount != 1:
                 c.execute(sa.insert(_version), [row])
-        self._bump(c)
 
     def erase(self, c: Connection, key_id: uuid.UUID) -> None:
-        """Overwrite every blob of a key before its rows are emptied, so that no page keeps the old bytes."""
+        """Overwrite every blob of a key before its rows are emptied, so that no page keeps the old bytes.
+
+        What a write-ahead log, a replica or a backup still holds is wrapped under the root KEK.
+        """
+        if c.dialect.name == "sqlite":
+            c.exec_driver_sql("PRAGMA secure_delete = ON")  # freed cells are zeroed, not only unlinked
         rows = c.execute(
             sa.select(_version.c.number, sa.func.length(_version.c.blob)).where(_version.c.key_id == str(key_id))
         ).all()
@@ -259,6 +310,7 @@ class Catalog:
 
     def put_alias(self, c: Connection, tenant: str, alias: str, key_id: uuid.UUID, *, fresh: bool) -> None:
         """Point an alias to a key; AliasInUse if it must be a new one and is not."""
+        self._bump(c)  # first: it holds other writers off until the commit, so nobody inserts between look and write
         there = (_alias.c.tenant == tenant) & (_alias.c.alias == alias)
         if c.execute(sa.select(_alias.c.key_id).where(there)).scalar() is not None:
             if fresh:
@@ -266,68 +318,85 @@ class Catalog:
             c.execute(sa.update(_alias).where(there).values(key_id=str(key_id)))
         else:
             c.execute(sa.insert(_alias), [{"tenant": tenant, "alias": alias, "key_id": str(key_id)}])
-        self._bump(c)
 
-    def delete_alias(self, c: Connection, tenant: str, alias: str) -> None:
-        """Remove an alias; KeyNotFound if there is none."""
-        there = (_alias.c.tenant == tenant) & (_alias.c.alias == alias)
-        if c.execute(sa.delete(_alias).where(there)).rowcount != 1:
-            raise KeyNotFound("no such alias")
+    def delete_alias(self, c: Connection, tenant: str, alias: str, key_id: uuid.UUID) -> None:
+        """Remove an alias; StaleKey if it no longer points to the key that the caller was allowed to change."""
         self._bump(c)
+        there = (_alias.c.tenant == tenant) & (_alias.c.alias == alias) & (_alias.c.key_id == str(key_id))
+        if c.execute(sa.delete(_alias).where(there)).rowcount != 1:
+            raise StaleKey("the alias was moved or removed meanwhile")
 
     def insert_secret(self, row: SecretRow) -> None:
         """A tenant's new audit key, in a transaction of its own; an equal generation of another worker wins."""
-        with self._engine.begin() as c:
-            there = (_secret.c.tenant == row.tenant) & (_secret.c.generation == row.generation)
-            if c.execute(sa.select(_secret.c.tenant).where(there)).scalar() is None:
-                c.execute(
-                    sa.insert(_secret),
-                    [
-                        {
-                            "tenant": row.tenant,
-                            "generation": row.generation,
-                            "object_id": str(row.object_id),
-                            "mechanism": row.mechanism,
-                            "kek": str(row.kek),
-                            "blob": row.blob,
-                            "mac": row.mac,
-                        }
-                    ],
-                )
+        values = {
+            "tenant": row.tenant,
+            "generation": row.generation,
+            "object_id": str(row.object_id),
+            "mechanism": row.mechanism,
+            "kek": str(row.kek),
+            "blob": row.blob,
+            "mac": row.mac,
+        }
+        with contextlib.suppress(IntegrityError), self._engine.begin() as c:
+            c.execute(sa.insert(_secret), [values])
 
-    def lease_uses(self, key_id: uuid.UUID, number: int, count: int) -> int:
-        """Count `count` more uses of a version before they happen; the total so far. Its own transaction."""
+    def lease_uses(self, key_id: uuid.UUID, number: int, count: int, *, limit: int | None = None) -> int:
+        """Count up to `count` more uses of a version before they happen; how many, 0 once `limit` is reached.
+
+        Committed when this returns, in a transaction of its own: a crash after it counts too many, never too few.
+        KeyNotFound if there is no such version.
+        """
         there = (_version.c.key_id == str(key_id)) & (_version.c.number == number)
         with self._engine.begin() as c:
+            # The update comes first and locks the row, so that two workers never count the same uses.
             c.execute(sa.update(_version).where(there).values(uses=_version.c.uses + count))
-            return int(c.execute(sa.select(_version.c.uses).where(there)).scalar_one())
+            total = c.execute(sa.select(_version.c.uses).where(there)).scalar()
+            if total is None:
+                raise KeyNotFound("no such key")
+            if limit is None or total <= limit:
+                return count
+            granted = max(0, count - (int(total) - limit))
+            c.execute(sa.update(_version).where(there).values(uses=total - count + granted))
+            return granted
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
-    def _bump(self, c: Connection) -> None:
+    def _bump(self, c: Connection) -> int:
+        """Count a change: the first statement of every one. Its row lock makes epochs rise in the order of commits."""
         if c.execute(sa.update(_epoch).values(epoch=_epoch.c.epoch + 1)).rowcount == 0:
             c.execute(sa.insert(_epoch), [{"one": 1, "epoch": 1}])
+        return int(c.execute(sa.select(_epoch.c.epoch)).scalar_one())
 
-    def _keys(self, c: Connection, chosen: sa.Select[Any]) -> list[Key]:
+    def _keys(self, c: Connection, chosen: sa.Select[Any], *, leave_out_damaged: bool = False) -> list[Key]:
         rows = c.execute(chosen).mappings().all()
         if not rows:
             return []
         ids = [r["key_id"] for r in rows]
-        versions: dict[str, list[KeyVersion]] = {i: [] for i in ids}
-        for at in range(0, len(ids), 500):
+        versions: dict[str, list[sa.RowMapping]] = {i: [] for i in ids}
+        for at in range(0, len(ids), _CHUNK):
             wanted = (
                 sa.select(_version)
-                .where(_version.c.key_id.in_(ids[at : at + 500]))
+                .where(_version.c.key_id.in_(ids[at : at + _CHUNK]))
                 .order_by(_version.c.key_id, _version.c.number)
             )
             for v in c.execute(wanted).mappings():
-                versions[v["key_id"]].append(_to_version(v))
-        return [_to_key(r, tuple(versions[r["key_id"]])) for r in rows]
+                versions[v["key_id"]].append(v)
+        found: list[Key] = []
+        for row in rows:
+            try:
+                found.append(_to_key(row, versions[row["key_id"]]))
+            except RowDamaged:
+                if not leave_out_damaged:
+                    raise
+        return found
 
 
-def _matches(key: Key, wanted: ListFilter) -> bool:
-    state = wanted.state is None or key.api_state == wanted.state
-    return state and all(key.tags.get(n) == v for n, v in wanted.tags.items())
+def _in_state(state: str) -> sa.ColumnElement[bool]:
+    """The rows whose key has this state of the API."""
+    if state == "pending_deletion":
+        return _key.c.delete_at.is_not(None)
+    named = [str(s) for s, shown in API_STATE.items() if shown == state]
+    return _key.c.delete_at.is_(None) & _key.c.state.in_(named)
 
 
 def _key_values(key: Key) -> dict[str, Any]:
@@ -358,7 +427,17 @@ def _key_values(key: Key) -> dict[str, Any]:
     }
 
 
-def _to_key(r: Any, versions: tuple[KeyVersion, ...]) -> Key:
+def _to_key(row: sa.RowMapping, versions: Sequence[sa.RowMapping]) -> Key:
+    """The key of a row. RowDamaged for one the service cannot have written; its MAC is checked before its first use."""
+    try:
+        if [v["number"] for v in versions] != list(range(1, len(versions) + 1)) or not versions:
+            raise ValueError("versions are not 1, 2, 3, ...")
+        return _decoded(row, tuple(_to_version(v) for v in versions))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise RowDamaged(f"row of key {row['key_id']} was changed outside the service") from None
+
+
+def _decoded(r: sa.RowMapping, versions: tuple[KeyVersion, ...]) -> Key:
     sets = {name: frozenset(values) for name, values in json.loads(r["places"]).items()}
     return Key(
         id=uuid.UUID(r["key_id"]),
@@ -403,7 +482,7 @@ def _version_values(key_id: uuid.UUID, v: KeyVersion) -> dict[str, Any]:
     }
 
 
-def _to_version(r: Any) -> KeyVersion:
+def _to_version(r: sa.RowMapping) -> KeyVersion:
     return KeyVersion(
         number=r["number"],
         state=KeyState(r["state"]),

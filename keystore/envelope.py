@@ -15,7 +15,7 @@ import re
 import struct
 import unicodedata
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,6 +23,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from keystore.hsm import InvalidCiphertext
+from keystore.key import InputRefused
 
 SINGLE: Final = 0x0001  # a message key per message, derived in the HSM, AES-256-GCM in process, committing
 STRICT: Final = 0x0002  # AES-256-GCM inside the token
@@ -53,12 +54,11 @@ class Purpose(enum.IntEnum):
     BACKUP = 4
 
 
-class ContextRefused(Exception):
+class ContextRefused(InputRefused):
     """A context that must not be bound to new ciphertexts. `code` says why; it never holds a name or value."""
 
     def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.pointer, self.code, self.detail = "/context", code, detail
+        super().__init__("/context", code, detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def from_text(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class EnvelopeInfo:
-    """What an envelope says about itself, without any key."""
+    """What an envelope says about itself, without any key. Nothing here is authenticated before it is opened."""
 
     suite: str
     key_id: str
@@ -126,6 +126,9 @@ class EnvelopeInfo:
     version: int
     plaintext_bytes: int
     batch_index: int | None
+    salt: str  # hex; equal in all items of one batch; empty where the suite has none
+    iv: str
+    commitment: str
 
 
 def inspect(ciphertext: str | bytes) -> EnvelopeInfo:
@@ -134,12 +137,30 @@ def inspect(ciphertext: str | bytes) -> EnvelopeInfo:
     hidden = 16 + (len(COMMITMENT) if e.suite == STRICT else 0)
     index = int.from_bytes(e.index, "big") if e.index else None
     return EnvelopeInfo(
-        f"0x{e.suite:04x}", str(e.key_id), e.purpose.name.lower(), e.version, len(e.sealed) - hidden, index
+        suite=f"0x{e.suite:04x}",
+        key_id=str(e.key_id),
+        purpose=e.purpose.name.lower(),
+        version=e.version,
+        plaintext_bytes=len(e.sealed) - hidden,
+        batch_index=index,
+        salt=e.salt.hex(),
+        iv=e.iv.hex(),
+        commitment=e.commitment.hex(),
     )
 
 
+def context_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The context of a list of pairs; ContextRefused if a name stands twice (a later one must not win unseen)."""
+    context: dict[str, str] = {}
+    for name, value in pairs:
+        if name in context:
+            raise ContextRefused("duplicate_name", "each name once")
+        context[name] = value
+    return context
+
+
 def refuse_context(context: Mapping[str, str]) -> None:
-    """Refuse what no new ciphertext may be bound to. Decrypt does not ask: a newer Unicode table must lock nobody out."""
+    """Refuse what no new ciphertext may be bound to. Decrypt never asks: a newer Unicode table must lock nobody out."""
     if len(context) > MAX_PAIRS:
         raise ContextRefused("too_many_pairs", f"at most {MAX_PAIRS} pairs")
     size = 0
@@ -169,7 +190,10 @@ def encode_aad(
     purpose: Purpose,
     context: Mapping[str, str],
 ) -> bytes:
-    """The AAD: every field length-prefixed, pairs sorted by the raw UTF-8 bytes of their names."""
+    """The AAD: every field length-prefixed, pairs sorted by the raw UTF-8 bytes of their names.
+
+    InvalidCiphertext for a context that is no Unicode text: nothing was ever sealed with one.
+    """
     try:
         pairs = sorted((n.encode(), v.encode()) for n, v in context.items())
     except UnicodeEncodeError:
@@ -195,7 +219,7 @@ def batch_input(salt: bytes) -> bytes:
     return kdf_input(b"skms/v1/batch", salt)
 
 
-def item_keys(secret: bytes, index: bytes, aad: bytes) -> bytes:
+def item_keys(secret: bytes | bytearray, index: bytes, aad: bytes) -> bytes:
     """64 bytes, key and commitment of one batch item: HKDF-Expand (RFC 5869) with SHA-512, one block."""
     info = b"skms/v1/item\0" + index + hashlib.sha256(aad).digest()
     return hmac.digest(secret, info + b"\1", "sha512")

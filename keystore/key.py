@@ -110,6 +110,36 @@ class AliasInUse(Exception):
     """The alias exists already in this tenant."""
 
 
+class InputRefused(Exception):
+    """A field that the keystore cannot accept, by JSON pointer; never its value."""
+
+    def __init__(self, pointer: str, code: str, detail: str) -> None:
+        super().__init__(f"{pointer}: {detail}")
+        self.pointer, self.code, self.detail = pointer, code, detail
+
+
+class AlgorithmMismatch(InputRefused):
+    """The algorithm is not one of the key's spec."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("/algorithm", "not_for_spec", detail)
+
+
+class DigestLength(InputRefused):
+    """The digest has another length than the algorithm's hash."""
+
+    def __init__(self, expected: int) -> None:
+        super().__init__("/digest", "wrong_length", f"{expected} bytes")
+
+
+class UsageMismatch(Exception):
+    """The key is not for this use."""
+
+
+class KeyLimitReached(Exception):
+    """The key, or its version, has reached what is safe; the message names the limit and the remedy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """When the scheduler makes a new version; None means never for that reason."""
@@ -131,7 +161,8 @@ class KeyVersion:
     blob: bytes = field(repr=False)  # b"" once destroyed
     public: bytes = b""  # SubjectPublicKeyInfo (DER) of an asymmetric key
     mac: bytes = field(default=b"", repr=False)
-    uses: int = 0  # protect operations leased so far: never too few (crypto.md 1.6)
+    # Protect operations leased so far: never too few. Not under the MAC and no part of what a version is.
+    uses: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

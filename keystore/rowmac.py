@@ -1,6 +1,7 @@
 """What the row MACs cover. Key wrap has no AAD: without a MAC two swapped rows encrypt under another tenant's key.
 
-Every field is length-prefixed, so no two rows share an encoding.
+Every field is length-prefixed, so no two rows share an encoding. The key row covers the MACs of its versions too: an
+old version row put back with its once right MAC (a revoked version made usable again) no longer fits the key row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import uuid
 from typing import Final
 
 from keystore.hsm import Material
-from keystore.key import Key, KeyVersion
+from keystore.key import Key, KeyUsage, KeyVersion
 
 _KEY_LABEL: Final = b"skms/row/key/1"
 _VERSION_LABEL: Final = b"skms/row/version/1"
@@ -42,14 +43,15 @@ def key_row(key: Key) -> bytes:
         *(key.description, json.dumps(dict(key.tags), sort_keys=True)),
         *(key.rotation.max_age, key.rotation.max_uses),
         *(key.min_decrypt_version, key.min_encrypt_version, key.delete_at, len(key.versions)),
+        *(v.mac for v in key.versions),
     )
 
 
-def version_row(tenant: str, key_id: uuid.UUID, material: Material, version: KeyVersion) -> bytes:
+def version_row(tenant: str, key_id: uuid.UUID, material: Material, usage: KeyUsage, version: KeyVersion) -> bytes:
     """What a wrapped blob is, whose, and in which state."""
     return _encode(
         _VERSION_LABEL,
-        *(tenant, key_id.bytes, version.number, material, version.state, version.created_at),
+        *(tenant, key_id.bytes, version.number, material, usage, version.state, version.created_at),
         *(version.object_id.bytes, version.kek.bytes, version.mechanism, version.blob, version.public),
     )
 

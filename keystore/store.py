@@ -8,12 +8,13 @@ of the record that reports it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import hmac
 import os
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Literal
@@ -30,7 +31,9 @@ from keystore.catalog import Catalog, ListFilter, SecretRow
 from keystore.envelope import Envelope, Purpose
 from keystore.hsm import (
     Hsm,
+    HsmFault,
     HsmStatus,
+    HsmUnavailable,
     InvalidCiphertext,
     Material,
     RowDamaged,
@@ -39,29 +42,34 @@ from keystore.hsm import (
     UnsupportedByHsm,
 )
 from keystore.key import (
-    API_STATE,
     TRANSITIONS,
     USAGE_OF_SPEC,
+    AlgorithmMismatch,
+    DigestLength,
+    InputRefused,
     Key,
     KeyDestroyed,
+    KeyLimitReached,
     KeyNotFound,
     KeySpec,
     KeyState,
     KeyUsage,
     KeyVersion,
     Rotation,
-    StaleKey,
+    UsageMismatch,
     VersionFenced,
     WrongState,
 )
 
-DAY_US: Final = 86_400_000_000
 MIN_WAIT_S: Final = 7 * 86_400
 MAX_WAIT_S: Final = 90 * 86_400
 STRICT_LIMIT: Final = 3_865_470_566  # encryptions under one key with random IVs (SP 800-38D; 90 % of 2^32)
-STRICT_WARN: Final = 2**31
 _STRICT_BLOCK: Final = 2**20
+STRICT_ROTATE: Final = STRICT_LIMIT - 64 * _STRICT_BLOCK  # rotate while 64 workers may each still hold a lease
 _BLOCK: Final = 1_024
+_LEASES_PER_ROTATION: Final = 64  # a rotation by count comes at most 1/64 too early for each worker
+_DATA_KEY: Final = range(16, 65)  # bytes
+_DRAW: Final = 1_024  # random bytes that a batch asks the HSM for at a time
 _CACHE: Final = 20_000  # key rows held in memory
 
 _SCHEMES: Final[Mapping[KeySpec, frozenset[str]]] = MappingProxyType(
@@ -82,22 +90,6 @@ _HASHES: Final[Mapping[str, hashes.HashAlgorithm]] = MappingProxyType(
 _HALF: Final[Mapping[KeySpec, int]] = MappingProxyType({KeySpec.EC_P256: 32, KeySpec.EC_P384: 48})
 
 
-class InputRefused(Exception):
-    """A field that the keystore cannot accept, by JSON pointer; never its value."""
-
-    def __init__(self, pointer: str, code: str, detail: str) -> None:
-        super().__init__(f"{pointer}: {detail}")
-        self.pointer, self.code, self.detail = pointer, code, detail
-
-
-class UsageMismatch(Exception):
-    """The key is not for this use."""
-
-
-class KeyLimitReached(Exception):
-    """The key version has reached the number of encryptions that are safe; rotate the key."""
-
-
 @dataclass(frozen=True, slots=True)
 class NewKey:
     """A key that is to be made. All places are regions."""
@@ -116,7 +108,7 @@ class NewKey:
     purposes: tuple[str, ...]
     description: str = ""
     tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    rotation: Rotation = Rotation()
+    rotation: Rotation = field(default_factory=Rotation)
 
     @classmethod
     def of(cls, *, spec: KeySpec, usage: KeyUsage | None, suite: int | None, **facts: Any) -> NewKey:
@@ -130,9 +122,12 @@ class NewKey:
             suite = 0
         elif suite is None:
             suite = ev.SINGLE
+        elif suite not in {ev.SINGLE, ev.STRICT}:
+            raise InputRefused("/suite", "unknown", "0x0001 or 0x0002")
         if len(set(facts["purposes"])) != len(facts["purposes"]):
             raise InputRefused("/purposes", "repeated", "each purpose once")
-        return cls(spec=spec, usage=implied, suite=suite, **facts)
+        tags = MappingProxyType(dict(facts.pop("tags", {})))
+        return cls(spec=spec, usage=implied, suite=suite, tags=tags, **facts)
 
     @property
     def material(self) -> Material:
@@ -144,7 +139,13 @@ class NewKey:
         shown: dict[str, object] = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            shown[f.name] = sorted(value) if isinstance(value, frozenset) else str(value)
+            match value:
+                case frozenset():
+                    shown[f.name] = sorted(value)
+                case Mapping():
+                    shown[f.name] = dict(value)
+                case _:
+                    shown[f.name] = str(value)
         return shown
 
 
@@ -180,12 +181,31 @@ def check_use(key: Key, number: int, direction: Literal["protect", "process"]) -
     """
     if key.state is KeyState.DESTROYED:
         raise KeyDestroyed(f"key {key.id} was destroyed")
-    if key.state is not KeyState.ACTIVE or key.delete_at is not None:
+    usable = {KeyState.ACTIVE} if direction == "protect" else {KeyState.ACTIVE, KeyState.DEACTIVATED}
+    if key.state not in usable or key.delete_at is not None:
         raise WrongState(key.id, key.api_state)
     version = key.version(number)
-    fence = key.min_encrypt_version if direction == "protect" else key.min_decrypt_version
-    if number < fence or version.state not in {KeyState.ACTIVE}:
+    fence = key.min_decrypt_version
+    if direction == "protect":  # nothing is sealed that could not be opened again
+        fence = max(fence, key.min_encrypt_version)
+    if number < fence or version.state is not KeyState.ACTIVE:
         raise VersionFenced(f"version {number} of key {key.id} is fenced or revoked")
+
+
+@dataclass(slots=True)
+class _Genuine:
+    """A key row whose MAC was right, and those of its versions that were checked too, ready for the HSM."""
+
+    key: Key
+    stored: dict[int, StoredKey] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Lease:
+    """Uses of one version that are committed in the database and not yet made."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    left: int = 0
 
 
 class Keystore:
@@ -202,13 +222,15 @@ class Keystore:
     ) -> None:
         self._catalog, self._hsms, self._clock, self._random = catalog, dict(hsms), clock, random
         self._installation = installation
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the maps below; never held during a call to database or HSM
         self._keys: dict[uuid.UUID, Key] = {}
         self._aliases: dict[tuple[str, str], uuid.UUID] = {}
-        self._genuine: dict[uuid.UUID, Key] = {}  # rows whose MAC was checked, by identity of the row
+        self._genuine: dict[uuid.UUID, _Genuine] = {}
+        self._generation = 0  # rises when cached rows may have become old; what was read before is not cached after
         self._epoch = catalog.epoch()
-        self._leases: dict[uuid.UUID, int] = {}
+        self._leases: dict[uuid.UUID, _Lease] = {}
         self._secrets: dict[str, tuple[int, bytes]] = {}
+        self._secrets_lock = threading.Lock()
 
     # ---- reading: no HSM call ----------------------------------------------------------------------------------
 
@@ -236,11 +258,12 @@ class Keystore:
         slot = (tenant, name.removeprefix("alias/"))
         found = self._aliases.get(slot)
         if found is None:
-            with self._lock:
-                epoch = self._epoch
+            generation = self._generation
             found = self._catalog.alias(*slot)
             with self._lock:
-                if epoch == self._epoch:
+                if generation == self._generation:
+                    if len(self._aliases) >= _CACHE:
+                        self._aliases.clear()
                     self._aliases[slot] = found
         return found
 
@@ -249,12 +272,11 @@ class Keystore:
         key = self._keys.get(key_id)
         if key is not None:
             return key
-        with self._lock:
-            epoch = self._epoch
+        generation = self._generation
         key = self._catalog.key(key_id)
         with self._lock:
             # A change that became visible while we read makes what we read old news: do not keep it.
-            if epoch == self._epoch:
+            if generation == self._generation:
                 if len(self._keys) >= _CACHE:
                     self._keys.clear()
                 self._keys[key_id] = key
@@ -275,26 +297,26 @@ class Keystore:
 
     def poll(self) -> bool:
         """Notice what other workers changed. Their changes count from here on, at the latest."""
-        epoch = self._catalog.epoch()
+        seen, epoch = self._epoch, self._catalog.epoch()
+        if epoch == seen:
+            return False
+        changed = self._catalog.changed_since(seen)
         with self._lock:
-            if epoch == self._epoch:
-                return False
-            before, self._keys = self._keys, {}
+            self._generation += 1
+            self._keys.clear()
             self._aliases.clear()
             self._epoch = epoch
-        for key in before.values():
-            if key.state is KeyState.ACTIVE and key.delete_at is None:
-                continue
+        for key in changed:
             self._evict(key)
         return True
 
     def due_rotations(self, now: int) -> Sequence[Key]:
-        """Keys whose newest version is too old or used too often."""
-        return [k for k in self._catalog.rotating() if _rotation_due(k, now)]
+        """Keys of this node's regions whose newest version is too old or used too often."""
+        return self._catalog.rotations_due(now, homes=self.regions, strict=(ev.STRICT, STRICT_ROTATE))
 
     def due_deletions(self, now: int) -> Sequence[Key]:
-        """Keys whose waiting time is over."""
-        return self._catalog.deletions_due(now)
+        """Keys of this node's regions whose waiting time is over."""
+        return self._catalog.deletions_due(now, homes=self.regions)
 
     def hsm_status(self) -> Sequence[HsmStatus]:
         """The state of every HSM of this node."""
@@ -312,19 +334,20 @@ class Keystore:
         version: int | None = None,
     ) -> Sealed:
         """Encrypt under the key's suite. Raises ContextRefused, UsageMismatch and what `check_use` raises."""
-        prepared = self._prepare_seal(key, plaintext, context, version)
+        number, stored = self._prepare_seal(key, plaintext, context, purpose, version)
         if key.suite == ev.STRICT:
-            return self._seal_strict(key, prepared, plaintext, context, purpose)
-        salt = self._random(32)
-        aad = self._aad(key, prepared.number, ev.SINGLE, purpose, context)
-        derived = self._hsm(key).hmac(self._stored(key, prepared), "sha512", ev.single_input(salt, aad))
-        return self._sealed(key, prepared, ev.SINGLE, purpose, salt, b"", derived, plaintext, aad)
+            return self._seal_strict(key, number, stored, plaintext, context, purpose)
+        noise = self._random(44)
+        salt, iv = noise[:32], noise[32:]
+        aad = self._aad(key, number, ev.SINGLE, purpose, context)
+        derived = self._hsm(key.home).hmac(stored, "sha512", ev.single_input(salt, aad))
+        return _sealed(key, number, ev.SINGLE, purpose, salt, b"", iv, derived, plaintext, aad)
 
     def open(self, key: Key, envelope: Envelope, context: Mapping[str, str], *, purpose: Purpose) -> bytes:
         """The plaintext; one InvalidCiphertext for whatever is wrong with the envelope."""
         stored = self._prepare_open(key, envelope, purpose)
         aad = self._aad(key, envelope.version, envelope.suite, purpose, context)
-        hsm = self._hsm(key)
+        hsm = self._hsm(key.home)
         if envelope.suite == ev.STRICT:
             data = hsm.gcm_open(stored, envelope.iv, hashlib.sha256(aad).digest(), envelope.sealed)
             if not hmac.compare_digest(data[:32], ev.COMMITMENT):
@@ -352,13 +375,13 @@ class Keystore:
         version: int | None = None,
     ) -> tuple[bytes, int]:
         """(signature, version). ECDSA as DER or raw r||s by `form`."""
-        number = version or key.latest.number
+        number = key.latest.number if version is None else version
         self._for(key, KeyUsage.SIGN)
-        check_use(key, number, "protect")
-        scheme, data = _signed_data(key, algorithm, message, digest)
-        self._authentic(key)
-        self._count(key, key.version(number))
-        raw = self._hsm(key).sign(self._stored(key, key.version(number)), scheme, data)
+        self._usable(key, number, "protect")
+        scheme, data = _signed_data(key, algorithm, message, digest, form)
+        stored = self._stored(key, number)
+        self._count(key, number)
+        raw = self._hsm(key.home).sign(stored, scheme, data)
         if key.spec in _HALF and form == "der":
             half = _HALF[key.spec]
             raw = utils.encode_dss_signature(int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
@@ -376,28 +399,27 @@ class Keystore:
         version: int | None = None,
     ) -> bool:
         """Whether a signature is right, in software under the public key of the MAC'd row."""
-        number = version or key.latest.number
+        number = key.latest.number if version is None else version
         self._for(key, KeyUsage.SIGN)
-        check_use(key, number, "process")
-        scheme, data = _signed_data(key, algorithm, message, digest)
+        self._usable(key, number, "process")
+        scheme, data = _signed_data(key, algorithm, message, digest, form)
         return _verify(key.spec, self.public_key(key, number), scheme, data, signature, form)
 
     def mac(self, key: Key, message: bytes, algorithm: str, *, version: int | None = None) -> tuple[bytes, int]:
         """(HMAC, version)."""
-        number = version or key.latest.number
-        name = self._mac_name(key, algorithm)
-        check_use(key, number, "protect")
-        self._authentic(key)
-        self._count(key, key.version(number))
-        return self._hsm(key).hmac(self._stored(key, key.version(number)), name, message), number
+        number = key.latest.number if version is None else version
+        name = self._mac_name(key, algorithm, message)
+        self._usable(key, number, "protect")
+        stored = self._stored(key, number)
+        self._count(key, number)
+        return self._hsm(key.home).hmac(stored, name, message), number
 
     def verify_mac(self, key: Key, message: bytes, value: bytes, algorithm: str, *, version: int | None = None) -> bool:
         """Whether an HMAC is right: computed again and compared in constant time, never by C_Verify (hsm.md 1.4)."""
-        number = version or key.latest.number
-        name = self._mac_name(key, algorithm)
-        check_use(key, number, "process")
-        self._authentic(key)
-        made = self._hsm(key).hmac(self._stored(key, key.version(number)), name, message)
+        number = key.latest.number if version is None else version
+        name = self._mac_name(key, algorithm, message)
+        self._usable(key, number, "process")
+        made = self._hsm(key.home).hmac(self._stored(key, number), name, message)
         return hmac.compare_digest(made, value)
 
     def public_key(self, key: Key, version: int | None = None) -> bytes:
@@ -405,47 +427,50 @@ class Keystore:
         self._for(key, KeyUsage.SIGN)
         if key.state is KeyState.DESTROYED:
             raise KeyDestroyed(f"key {key.id} was destroyed")
-        found = key.version(version or key.latest.number)
-        self._authentic(key)
-        self._authentic_version(key, found)
-        return found.public
+        return self._stored(key, key.latest.number if version is None else version).public
 
     def random(self, region: str, length: int) -> bytes:
         """Random bytes from the HSM of a region."""
-        return self._hsms[region].random(length)
+        return self._hsm(region).random(length)
 
     # ---- tenants' audit keys -------------------------------------------------------------------------------------
 
     def has_tenant_secret(self, tenant: str) -> bool:
-        """Whether the tenant's audit key was made already."""
-        return self._catalog.secret(tenant) is not None
+        """Whether the tenant's audit key was made already, by an HSM of this node."""
+        return self._held(self._catalog.secrets(tenant)) is not None
 
     def tenant_secret(self, tenant: str) -> tuple[int, bytes]:
-        """(generation, 32 bytes) of a tenant's audit key, made on first use. Never the wrapped key itself."""
-        if tenant not in self._secrets:
-            if self._catalog.secret(tenant) is None:
-                self._catalog.insert_secret(self._new_secret(tenant))
-            row = self._catalog.secret(tenant)
-            assert row is not None
-            binding = rowmac.secret_row(tenant, row.generation, row.object_id, row.mechanism, row.kek, row.blob)
-            stored = StoredKey(
-                row.object_id, Material.HMAC_256, row.blob, row.mechanism, row.kek, b"", binding, row.mac
-            )
-            secret = self._of_kek(row.kek).hmac(stored, "sha256", b"skms/audit-context/v1")
-            self._secrets[tenant] = (row.generation, secret)
-        return self._secrets[tenant]
+        """(generation, 32 bytes) of a tenant's audit key, made on first use.
 
-    def _new_secret(self, tenant: str) -> SecretRow:
+        The bytes are an HMAC under the wrapped key, which itself never leaves the HSM. Generations that only the HSM
+        of another node can open stay that node's; this node makes its own and names it in its records.
+        """
+        with self._secrets_lock:
+            if tenant not in self._secrets:
+                self._secrets[tenant] = self._load_secret(tenant)
+            return self._secrets[tenant]
+
+    def _load_secret(self, tenant: str) -> tuple[int, bytes]:
+        rows = self._catalog.secrets(tenant)
+        for _ in range(5):  # another node may take the number that we wanted
+            held = self._held(rows)
+            if held is not None:
+                row, hsm = held
+                return row.generation, hsm.hmac(_stored_secret(row), "sha256", b"skms/audit-context/v1")
+            self._catalog.insert_secret(self._new_secret(tenant, 1 + max((r.generation for r in rows), default=0)))
+            rows = self._catalog.secrets(tenant)
+        raise HsmUnavailable(f"no audit key of tenant {tenant} could be stored")
+
+    def _held(self, rows: Sequence[SecretRow]) -> tuple[SecretRow, Hsm] | None:
+        """The newest row whose root KEK is in an HSM of this node."""
+        ours = {hsm.status().root_kek: hsm for hsm in self._hsms.values()}
+        return next(((row, ours[row.kek]) for row in rows if row.kek in ours), None)
+
+    def _new_secret(self, tenant: str, generation: int) -> SecretRow:
         hsm, object_id = next(iter(self._hsms.values())), self._uuid()
         made = hsm.generate(Material.HMAC_256, object_id)
-        mac = hsm.row_mac(rowmac.secret_row(tenant, 1, object_id, made.mechanism, made.kek, made.blob))
-        return SecretRow(tenant, 1, object_id, made.mechanism, made.kek, made.blob, mac)
-
-    def _of_kek(self, kek: uuid.UUID) -> Hsm:
-        for hsm in self._hsms.values():
-            if hsm.status().root_kek == kek:
-                return hsm
-        raise RowDamaged("no HSM here holds the root KEK of this row")
+        row = SecretRow(tenant, generation, object_id, made.mechanism, made.kek, made.blob, b"")
+        return dataclasses.replace(row, mac=hsm.row_mac(_secret_binding(row)))
 
     # ---- control plane -------------------------------------------------------------------------------------------
 
@@ -462,7 +487,7 @@ class Keystore:
         """Make the first version in the HSM of the home region."""
         self.supports(new)
         now, key_id = self._clock(), self._uuid()
-        version = self._new_version(new.tenant, key_id, new.home, new.material, 1, now)
+        version = self._new_version(1, new.home, new.material, now)
         facts = {f.name: getattr(new, f.name) for f in dataclasses.fields(new)}
         key = Key(
             id=key_id,
@@ -474,7 +499,7 @@ class Keystore:
             versions=(version,),
             **facts,
         )
-        key = self._maced(key)
+        key = self._maced(key, 1)
 
         def write(c: Connection) -> None:
             self._catalog.insert(c, key)
@@ -490,14 +515,19 @@ class Keystore:
         now, number = self._clock(), key.latest.number + 1
         if number > ev.MAX_VERSION:
             raise KeyLimitReached(f"key {key.id} has all the versions the envelope can name")
-        version = self._new_version(key.tenant, key.id, key.home, _material(key), number, now)
-        return self._update(key, (version,), versions=(*key.versions, version))
+        version = self._new_version(number, key.home, _material(key), now)
+        return self._update(key, (number,), versions=(*key.versions, version))
 
     def plan_transition(self, key: Key, state: KeyState) -> Plan:
-        """Change the state along SP 800-57; WrongState where there is no such transition."""
-        pending = key.delete_at is not None
-        allowed = state in TRANSITIONS[key.state] and (not pending or state is KeyState.COMPROMISED)
-        if not allowed:
+        """Change the state along SP 800-57; WrongState where there is no such transition.
+
+        Destruction is none of these: it comes after a waiting time and erases (`plan_destroy`).
+        """
+        if key.state is KeyState.DESTROYED:
+            raise KeyDestroyed(f"key {key.id} was destroyed")
+        waiting = key.delete_at is not None
+        allowed = state in TRANSITIONS[key.state] - {KeyState.DESTROYED}
+        if not allowed or (waiting and state is not KeyState.COMPROMISED):
             raise WrongState(key.id, key.api_state)
         self._authentic(key)
         return self._update(key, (), state=state)
@@ -506,39 +536,30 @@ class Keystore:
         """Stop the key now and destroy it `wait_s` seconds from now (7 to 90 days)."""
         if not MIN_WAIT_S <= wait_s <= MAX_WAIT_S:
             raise InputRefused("/wait", "out_of_range", "P7D to P90D")
-        if key.delete_at is not None or key.state not in {
-            KeyState.ACTIVE,
-            KeyState.SUSPENDED,
-            KeyState.COMPROMISED,
-        }:
-            raise WrongState(key.id, key.api_state)
+        check_state(key, KeyState.ACTIVE, KeyState.SUSPENDED, KeyState.COMPROMISED)
         self._authentic(key)
         state = KeyState.COMPROMISED if key.state is KeyState.COMPROMISED else KeyState.SUSPENDED
         return self._update(key, (), state=state, delete_at=self._clock() + wait_s * 1_000_000)
 
     def plan_cancel_deletion(self, key: Key) -> Plan:
         """Take the deletion back: the key is disabled then, or compromised again."""
-        if key.delete_at is None or key.state is KeyState.DESTROYED:
+        if key.state is KeyState.DESTROYED:
+            raise KeyDestroyed(f"key {key.id} was destroyed")
+        if key.delete_at is None:
             raise WrongState(key.id, key.api_state)
         self._authentic(key)
         return self._update(key, (), delete_at=None)
 
     def plan_destroy(self, key: Key) -> Plan:
         """Destroy every copy, once the waiting time is over; WrongState before."""
-        if key.delete_at is None or key.delete_at > self._clock() or key.state is KeyState.DESTROYED:
+        if key.state is KeyState.DESTROYED:
+            raise KeyDestroyed(f"key {key.id} was destroyed")
+        if key.delete_at is None or key.delete_at > self._clock():
             raise WrongState(key.id, key.api_state)
         self._authentic(key)
-        emptied = tuple(
-            self._maced_version(key.tenant, key.id, key.home, _material(key), v, state=KeyState.DESTROYED, blob=b"")
-            for v in key.versions
-        )
-        plan = self._update(key, emptied, versions=emptied, state=KeyState.DESTROYED, delete_at=None)
-
-        def write(c: Connection) -> None:
-            self._catalog.erase(c, key.id)
-            plan.write(c)
-
-        return Plan(plan.key, write, plan.applied)
+        emptied = tuple(dataclasses.replace(v, state=KeyState.DESTROYED, blob=b"") for v in key.versions)
+        numbers = tuple(v.number for v in emptied)
+        return self._update(key, numbers, erase=True, versions=emptied, state=KeyState.DESTROYED, delete_at=None)
 
     def plan_revoke_version(self, key: Key, number: int) -> Plan:
         """Take one version out of use, for ever. The newest cannot be revoked: rotate first."""
@@ -550,11 +571,10 @@ class Keystore:
         version = key.version(number)
         if version.state is not KeyState.ACTIVE:
             raise WrongState(key.id, "revoked")
-        self._authentic(key)
-        self._authentic_version(key, version)
-        changed = self._maced_version(key.tenant, key.id, key.home, _material(key), version, state=KeyState.DEACTIVATED)
+        self._stored(key, number)  # a damaged row must not get a right MAC by being written again
+        changed = dataclasses.replace(version, state=KeyState.DEACTIVATED)
         versions = tuple(changed if v.number == number else v for v in key.versions)
-        return self._update(key, (changed,), versions=versions)
+        return self._update(key, (number,), versions=versions)
 
     def plan_update(
         self,
@@ -598,11 +618,14 @@ class Keystore:
     def plan_delete_alias(self, tenant: str, alias: str) -> Plan:
         """Remove an alias; the key stays."""
         key = self.find(tenant, f"alias/{alias}")
-        return Plan(key, lambda c: self._catalog.delete_alias(c, tenant, alias), self._forget_alias(tenant, alias))
+        return Plan(
+            key, lambda c: self._catalog.delete_alias(c, tenant, alias, key.id), self._forget_alias(tenant, alias)
+        )
 
     def _forget_alias(self, tenant: str, alias: str) -> Callable[[], None]:
         def applied() -> None:
             with self._lock:
+                self._generation += 1
                 self._aliases.pop((tenant, alias), None)
 
         return applied
@@ -612,18 +635,31 @@ class Keystore:
     def _uuid(self) -> uuid.UUID:
         return uuid.UUID(bytes=self._random(16), version=4)
 
-    def _hsm(self, key: Key) -> Hsm:
-        return self._hsms[key.home]
+    def _hsm(self, region: str) -> Hsm:
+        """The HSM of a region; never another one's."""
+        try:
+            return self._hsms[region]
+        except KeyError:
+            raise HsmUnavailable(f"this node has no HSM of region {region}") from None
+
+    def _usable(self, key: Key, number: int, direction: Literal["protect", "process"]) -> None:
+        """As `check_use`, also for a newer row, if this process knows one: its handles were evicted already."""
+        check_use(key, number, direction)
+        known = self._keys.get(key.id)
+        if known is not None and known.kv > key.kv:
+            check_use(known, number, direction)
 
     def _for(self, key: Key, usage: KeyUsage) -> None:
         if key.usage is not usage:
             raise UsageMismatch(f"key {key.id} is for {key.usage}")
 
-    def _mac_name(self, key: Key, algorithm: str) -> str:
+    def _mac_name(self, key: Key, algorithm: str, message: bytes) -> str:
         self._for(key, KeyUsage.MAC)
         known, name = _MACS[key.spec]
         if algorithm != known:
-            raise InputRefused("/algorithm", "not_for_spec", f"{key.spec} keys compute {known}")
+            raise AlgorithmMismatch(f"{key.spec} keys compute {known}")
+        if len(message) > ev.MAX_PLAINTEXT:
+            raise InputRefused("/message", "too_long", f"at most {ev.MAX_PLAINTEXT} bytes")
         return name
 
     def _aad(self, key: Key, number: int, suite: int, purpose: Purpose, context: Mapping[str, str]) -> bytes:
@@ -637,155 +673,182 @@ class Keystore:
             context=context,
         )
 
-    def _prepare_seal(self, key: Key, plaintext: bytes, context: Mapping[str, str], version: int | None) -> KeyVersion:
+    def _prepare_seal(
+        self, key: Key, plaintext: bytes, context: Mapping[str, str], purpose: Purpose, version: int | None
+    ) -> tuple[int, StoredKey]:
         self._for(key, KeyUsage.ENCRYPT)
-        number = version or key.latest.number
-        check_use(key, number, "protect")
+        number = key.latest.number if version is None else version
+        self._usable(key, number, "protect")
         if len(plaintext) > ev.MAX_PLAINTEXT:
             raise InputRefused("/plaintext", "too_long", f"at most {ev.MAX_PLAINTEXT} bytes")
+        if purpose is Purpose.DATAKEY and len(plaintext) not in _DATA_KEY:
+            raise InputRefused("/bytes", "out_of_range", "16 to 64")
         ev.refuse_context(context)
-        self._authentic(key)
-        chosen = key.version(number)
-        self._count(key, chosen)
-        return chosen
+        stored = self._stored(key, number)
+        self._count(key, number)
+        return number, stored
 
     def _prepare_open(self, key: Key, envelope: Envelope, purpose: Purpose) -> StoredKey:
         suites = {ev.STRICT} if key.suite == ev.STRICT else {ev.SINGLE, ev.BATCH}
         wrong = envelope.key_id != key.id or envelope.suite not in suites or envelope.purpose != purpose
         if key.usage is not KeyUsage.ENCRYPT or wrong or envelope.version > key.latest.number:
             raise InvalidCiphertext
-        check_use(key, envelope.version, "process")
-        self._authentic(key)
-        return self._stored(key, key.version(envelope.version))
+        self._usable(key, envelope.version, "process")
+        return self._stored(key, envelope.version)
 
     def _seal_strict(
-        self, key: Key, version: KeyVersion, plaintext: bytes, context: Mapping[str, str], purpose: Purpose
-    ) -> Sealed:
-        aad = self._aad(key, version.number, ev.STRICT, purpose, context)
-        iv, sealed = self._hsm(key).gcm_seal(
-            self._stored(key, version), hashlib.sha256(aad).digest(), ev.COMMITMENT + plaintext
-        )
-        made = Envelope(ev.STRICT, key.id, purpose, version.number, b"", b"", iv, b"", sealed)
-        return Sealed(made.to_bytes(), version.number, ev.STRICT)
-
-    def _sealed(
         self,
         key: Key,
-        version: KeyVersion,
-        suite: int,
-        purpose: Purpose,
-        salt: bytes,
-        index: bytes,
-        derived: bytes,
+        number: int,
+        stored: StoredKey,
         plaintext: bytes,
-        aad: bytes,
+        context: Mapping[str, str],
+        purpose: Purpose,
     ) -> Sealed:
-        iv = self._random(12)
-        commitment, sealed = ev.seal_with(derived, iv, plaintext, aad)
-        made = Envelope(suite, key.id, purpose, version.number, salt, index, iv, commitment, sealed)
-        return Sealed(made.to_bytes(), version.number, suite)
+        digest = hashlib.sha256(self._aad(key, number, ev.STRICT, purpose, context)).digest()
+        iv, sealed = self._hsm(key.home).gcm_seal(stored, digest, ev.COMMITMENT + plaintext)
+        if len(iv) != 12 or not any(iv):
+            # A token that was to write the IV and did not: every message would have the same nonce (hsm.md 1.6).
+            raise HsmFault("CKR_OK with an unusable IV")
+        made = Envelope(ev.STRICT, key.id, purpose, number, b"", b"", iv, b"", sealed)
+        return Sealed(made.to_bytes(), number, ev.STRICT)
 
-    def _stored(self, key: Key, version: KeyVersion) -> StoredKey:
-        material = _material(key)
-        return StoredKey(
-            version.object_id,
-            material,
-            version.blob,
-            version.mechanism,
-            version.kek,
-            version.public,
-            rowmac.version_row(key.tenant, key.id, material, version),
-            version.mac,
-        )
+    def _stored(self, key: Key, number: int) -> StoredKey:
+        """A version for the HSM; RowDamaged unless the MACs of the key's row and of the version's are right."""
+        genuine = self._authentic(key)
+        found = genuine.stored.get(number)
+        if found is None:
+            version = key.version(number)
+            found = StoredKey(
+                object_id=version.object_id,
+                material=_material(key),
+                blob=version.blob,
+                mechanism=version.mechanism,
+                kek=version.kek,
+                public=version.public,
+                binding=_binding(key, version),
+                mac=version.mac,
+            )
+            if not hmac.compare_digest(self._hsm(key.home).row_mac(found.binding), found.mac):
+                raise RowDamaged(f"row of version {number} of key {key.id} was changed outside the service")
+            genuine.stored[number] = found
+        return found
 
-    def _authentic(self, key: Key) -> None:
+    def _authentic(self, key: Key) -> _Genuine:
         """Check the row's MAC before its first use in this process; RowDamaged if it is not ours."""
-        if self._genuine.get(key.id) is key:
-            return
-        if not hmac.compare_digest(self._hsm(key).row_mac(rowmac.key_row(key)), key.mac):
+        known = self._genuine.get(key.id)
+        if known is not None and known.key is key:
+            return known
+        if known is not None and known.key == key:  # the same row, read again
+            known.key = key
+            return known
+        if not hmac.compare_digest(self._hsm(key.home).row_mac(rowmac.key_row(key)), key.mac):
             raise RowDamaged(f"row of key {key.id} was changed outside the service")
+        return self._trust(key)
+
+    def _trust(self, key: Key) -> _Genuine:
+        made = _Genuine(key)
         with self._lock:
             if len(self._genuine) >= _CACHE:
                 self._genuine.clear()
-            self._genuine[key.id] = key
+            self._genuine[key.id] = made
+        return made
 
-    def _authentic_version(self, key: Key, version: KeyVersion) -> None:
-        binding = rowmac.version_row(key.tenant, key.id, _material(key), version)
-        if not hmac.compare_digest(self._hsm(key).row_mac(binding), version.mac):
-            raise RowDamaged(f"row of version {version.number} of key {key.id} was changed outside the service")
-
-    def _count(self, key: Key, version: KeyVersion) -> None:
+    def _count(self, key: Key, number: int) -> None:
         """Count one use before it happens. Leases are committed first, so a crash never counts too few."""
+        object_id = key.version(number).object_id
         with self._lock:
-            left = self._leases.get(version.object_id, 0)
-            if left > 0:
-                self._leases[version.object_id] = left - 1
+            lease = self._leases.setdefault(object_id, _Lease())
+        with lease.lock:
+            if lease.left == 0:
+                lease.left = self._lease(key, number)
+            lease.left -= 1
+
+    def _lease(self, key: Key, number: int) -> int:
+        strict = key.suite == ev.STRICT
+        block = _STRICT_BLOCK if strict else _BLOCK
+        if key.rotation.max_uses is not None:
+            block = max(1, min(block, key.rotation.max_uses // _LEASES_PER_ROTATION))
+        granted = self._catalog.lease_uses(key.id, number, block, limit=STRICT_LIMIT if strict else None)
+        if granted == 0:
+            raise KeyLimitReached(f"version {number} of key {key.id} must not encrypt any more; rotate it")
+        self._show_uses(key, number, granted)
+        return granted
+
+    def _show_uses(self, key: Key, number: int, granted: int) -> None:
+        """Let the cached row tell the uses that were just leased."""
+        with self._lock:
+            known = self._keys.get(key.id)
+            if known is None or known.kv != key.kv:
                 return
-            block = _STRICT_BLOCK if key.suite == ev.STRICT else _BLOCK
-            if key.rotation.max_uses is not None:
-                block = max(1, min(block, key.rotation.max_uses // 64))
-            total = self._catalog.lease_uses(key.id, version.number, block)
-            if key.suite == ev.STRICT and total > STRICT_LIMIT:
-                raise KeyLimitReached(f"version {version.number} of key {key.id} must not encrypt any more; rotate it")
-            self._leases[version.object_id] = block - 1
+            counted = dataclasses.replace(known.version(number), uses=known.version(number).uses + granted)
+            versions = tuple(counted if v.number == number else v for v in known.versions)
+            self._keys[key.id] = dataclasses.replace(known, versions=versions)
 
-    def _new_version(
-        self, tenant: str, key_id: uuid.UUID, region: str, material: Material, number: int, now: int
-    ) -> KeyVersion:
+    def _new_version(self, number: int, region: str, material: Material, now: int) -> KeyVersion:
+        """A new version, without its MAC."""
         object_id = self._uuid()
-        made = self._hsms[region].generate(material, object_id)
-        version = KeyVersion(number, KeyState.ACTIVE, now, object_id, made.mechanism, made.kek, made.blob, made.public)
-        return self._maced_version(tenant, key_id, region, material, version)
+        made = self._hsm(region).generate(material, object_id)
+        return KeyVersion(number, KeyState.ACTIVE, now, object_id, made.mechanism, made.kek, made.blob, made.public)
 
-    def _maced_version(
-        self,
-        tenant: str,
-        key_id: uuid.UUID,
-        region: str,
-        material: Material,
-        version: KeyVersion,
-        **changes: Any,
-    ) -> KeyVersion:
-        changed = dataclasses.replace(version, **changes)
-        mac = self._hsms[region].row_mac(rowmac.version_row(tenant, key_id, material, changed))
-        return dataclasses.replace(changed, mac=mac)
+    def _maced(self, key: Key, *numbers: int) -> Key:
+        """The key with new MACs of these versions and of its row, which covers the versions' MACs."""
+        hsm = self._hsm(key.home)
+        versions = tuple(
+            dataclasses.replace(v, mac=hsm.row_mac(_binding(key, v))) if v.number in numbers else v
+            for v in key.versions
+        )
+        key = dataclasses.replace(key, versions=versions)
+        return dataclasses.replace(key, mac=hsm.row_mac(rowmac.key_row(key)))
 
-    def _maced(self, key: Key) -> Key:
-        return dataclasses.replace(key, mac=self._hsm(key).row_mac(rowmac.key_row(key)))
-
-    def _update(self, key: Key, changed: Sequence[KeyVersion], **changes: Any) -> Plan:
+    def _update(self, key: Key, numbers: Sequence[int], *, erase: bool = False, **changes: Any) -> Plan:
+        """The key with these changes; `numbers` are the versions that are new or changed."""
         now = max(self._clock(), key.updated_at)
-        new = self._maced(dataclasses.replace(key, kv=key.kv + 1, updated_at=now, **changes))
-        return self._plan(new, lambda c: self._catalog.update(c, new, was=key.kv, versions=changed))
+        new = self._maced(dataclasses.replace(key, kv=key.kv + 1, updated_at=now, **changes), *numbers)
+        changed = [v for v in new.versions if v.number in numbers]
+
+        def write(c: Connection) -> None:
+            if erase:
+                self._catalog.erase(c, key.id)
+            self._catalog.update(c, new, was=key.kv, versions=changed)
+
+        return self._plan(new, write)
 
     def _plan(self, key: Key, write: Callable[[Connection], None]) -> Plan:
         def applied() -> None:
             with self._lock:
-                self._keys[key.id] = key
-                self._genuine[key.id] = key  # this process made the MAC
-            if key.state is not KeyState.ACTIVE or key.delete_at is not None:
-                self._evict(key)
+                self._generation += 1
+                known = self._keys.get(key.id)
+                if known is None or known.kv < key.kv:
+                    self._keys[key.id] = key
+            self._trust(key)  # this process made its MAC
+            self._evict(key)
 
         return Plan(key, write, applied)
 
     def _evict(self, key: Key) -> None:
+        """Take what may not be used any more out of the HSM's cache, at once."""
         hsm = self._hsms.get(key.home)
         if hsm is not None:
-            for version in key.versions:
+            for version in _stopped(key):
                 hsm.forget(version.object_id)
 
 
 class Batch:
     """Seals and opens many envelopes with one derivation for each key, version and salt.
 
-    The secrets live until the block ends; the server draws the salt, and no two requests share one (crypto.md 2).
+    The secrets live until the block ends and are overwritten then; the server draws the salt, and no two requests
+    share one (crypto.md 2). An item's index is its place among what this batch sealed.
     """
 
     def __init__(self, store: Keystore) -> None:
         self._store = store
+        self._lock = threading.RLock()
         self._salts: dict[tuple[uuid.UUID, int], bytes] = {}
-        self._secrets: dict[tuple[uuid.UUID, int, bytes], bytes] = {}
+        self._secrets: dict[tuple[uuid.UUID, int, bytes], bytearray] = {}
         self._index = 0
+        self._noise = b""
+        self._ended = False
 
     def __enter__(self) -> Batch:
         return self
@@ -793,8 +856,13 @@ class Batch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._secrets.clear()
-        self._salts.clear()
+        with self._lock:
+            self._ended = True
+            for secret in self._secrets.values():
+                secret[:] = bytes(len(secret))
+            self._secrets.clear()
+            self._salts.clear()
+            self._noise = b""
 
     def seal(
         self,
@@ -809,16 +877,16 @@ class Batch:
         store = self._store
         if key.suite == ev.STRICT:
             return store.seal(key, plaintext, context, purpose=purpose, version=version)
-        chosen = store._prepare_seal(key, plaintext, context, version)
-        slot = (key.id, chosen.number)
-        if slot not in self._salts:
-            self._salts[slot] = store._random(32)
-        salt = self._salts[slot]
-        index = self._index.to_bytes(4, "big")
-        self._index += 1
-        aad = store._aad(key, chosen.number, ev.BATCH, purpose, context)
-        derived = ev.item_keys(self._secret(key, store._stored(key, chosen), chosen.number, salt), index, aad)
-        return store._sealed(key, chosen, ev.BATCH, purpose, salt, index, derived, plaintext, aad)
+        number, stored = store._prepare_seal(key, plaintext, context, purpose, version)
+        aad = store._aad(key, number, ev.BATCH, purpose, context)
+        with self._lock:
+            salt = self._salts.get((key.id, number))
+            if salt is None:
+                salt = self._salts[key.id, number] = self._draw(32)
+            index, iv = self._index.to_bytes(4, "big"), self._draw(12)
+            self._index += 1
+            derived = ev.item_keys(self._secret(key, stored, number, salt), index, aad)
+        return _sealed(key, number, ev.BATCH, purpose, salt, index, iv, derived, plaintext, aad)
 
     def open(self, key: Key, envelope: Envelope, context: Mapping[str, str], *, purpose: Purpose) -> bytes:
         """As `Keystore.open`."""
@@ -827,14 +895,26 @@ class Batch:
             return store.open(key, envelope, context, purpose=purpose)
         stored = store._prepare_open(key, envelope, purpose)
         aad = store._aad(key, envelope.version, ev.BATCH, purpose, context)
-        secret = self._secret(key, stored, envelope.version, envelope.salt)
-        return ev.open_with(ev.item_keys(secret, envelope.index, aad), envelope, aad)
+        with self._lock:
+            secret = self._secret(key, stored, envelope.version, envelope.salt)
+            derived = ev.item_keys(secret, envelope.index, aad)
+        return ev.open_with(derived, envelope, aad)
 
-    def _secret(self, key: Key, stored: StoredKey, number: int, salt: bytes) -> bytes:
+    def _secret(self, key: Key, stored: StoredKey, number: int, salt: bytes) -> bytearray:
+        if self._ended:
+            raise RuntimeError("this batch has ended and its secrets are gone")
         slot = (key.id, number, salt)
         if slot not in self._secrets:
-            self._secrets[slot] = self._store._hsm(key).hmac(stored, "sha512", ev.batch_input(salt))
+            made = self._store._hsm(key.home).hmac(stored, "sha512", ev.batch_input(salt))
+            self._secrets[slot] = bytearray(made)
         return self._secrets[slot]
+
+    def _draw(self, length: int) -> bytes:
+        """Random bytes that were never given out before, asked for many at a time: a token call costs a round trip."""
+        if len(self._noise) < length:
+            self._noise = self._store._random(_DRAW)
+        drawn, self._noise = self._noise[:length], self._noise[length:]
+        return drawn
 
 
 def check_state(key: Key, *allowed: KeyState) -> None:
@@ -849,18 +929,63 @@ def _material(key: Key) -> Material:
     return material_of(key.spec, key.suite)
 
 
-def _rotation_due(key: Key, now: int) -> bool:
-    latest, rotation = key.latest, key.rotation
-    aged = rotation.max_age is not None and now - latest.created_at >= rotation.max_age * 1_000_000
-    used = rotation.max_uses is not None and latest.uses >= rotation.max_uses
-    return aged or used or (key.suite == ev.STRICT and latest.uses >= STRICT_LIMIT - _STRICT_BLOCK)
+def _binding(key: Key, version: KeyVersion) -> bytes:
+    return rowmac.version_row(key.tenant, key.id, _material(key), key.usage, version)
 
 
-def _signed_data(key: Key, algorithm: str, message: bytes | None, digest: bytes | None) -> tuple[SignScheme, bytes]:
+def _secret_binding(row: SecretRow) -> bytes:
+    return rowmac.secret_row(row.tenant, row.generation, row.object_id, row.mechanism, row.kek, row.blob)
+
+
+def _stored_secret(row: SecretRow) -> StoredKey:
+    return StoredKey(
+        object_id=row.object_id,
+        material=Material.HMAC_256,
+        blob=row.blob,
+        mechanism=row.mechanism,
+        kek=row.kek,
+        public=b"",
+        binding=_secret_binding(row),
+        mac=row.mac,
+    )
+
+
+def _stopped(key: Key) -> Iterator[KeyVersion]:
+    """The versions that cannot be used in any direction."""
+    for version in key.versions:
+        try:
+            check_use(key, version.number, "process")
+        except (KeyDestroyed, WrongState, VersionFenced):
+            yield version
+
+
+def _sealed(
+    key: Key,
+    number: int,
+    suite: int,
+    purpose: Purpose,
+    salt: bytes,
+    index: bytes,
+    iv: bytes,
+    derived: bytes,
+    plaintext: bytes,
+    aad: bytes,
+) -> Sealed:
+    commitment, sealed = ev.seal_with(derived, iv, plaintext, aad)
+    made = Envelope(suite, key.id, purpose, number, salt, index, iv, commitment, sealed)
+    return Sealed(made.to_bytes(), number, suite)
+
+
+def _signed_data(
+    key: Key, algorithm: str, message: bytes | None, digest: bytes | None, form: str
+) -> tuple[SignScheme, bytes]:
     """The scheme, and what is signed: a digest of the hash's length, or the message for Ed25519."""
     if algorithm not in _SCHEMES[key.spec]:
-        allowed = ", ".join(sorted(_SCHEMES[key.spec]))
-        raise InputRefused("/algorithm", "not_for_spec", f"{key.spec} keys sign with {allowed}")
+        raise AlgorithmMismatch(f"{key.spec} keys sign with {', '.join(sorted(_SCHEMES[key.spec]))}")
+    if (message is None) == (digest is None):
+        raise InputRefused("/message", "one_of", "send either message or digest")
+    if form not in {"der", "raw"}:
+        raise InputRefused("/format", "unknown", "der or raw")
     scheme = SignScheme(algorithm)
     if message is not None and len(message) > ev.MAX_PLAINTEXT:
         raise InputRefused("/message", "too_long", f"at most {ev.MAX_PLAINTEXT} bytes; send its digest")
@@ -874,12 +999,16 @@ def _signed_data(key: Key, algorithm: str, message: bytes | None, digest: bytes 
         h.update(message or b"")
         return scheme, h.finalize()
     if len(digest) != algorithm_hash.digest_size:
-        raise InputRefused("/digest", "wrong_length", f"{algorithm_hash.digest_size} bytes for {scheme}")
+        raise DigestLength(algorithm_hash.digest_size)
     return scheme, digest
 
 
+# Parsing an RSA key costs more than verifying with it.
+_public_key = functools.lru_cache(maxsize=1_024)(load_der_public_key)
+
+
 def _verify(spec: KeySpec, spki: bytes, scheme: SignScheme, data: bytes, signature: bytes, form: str) -> bool:
-    public = load_der_public_key(spki)
+    public = _public_key(spki)
     try:
         match public:
             case ed25519.Ed25519PublicKey():
@@ -902,6 +1031,3 @@ def _verify(spec: KeySpec, spki: bytes, scheme: SignScheme, data: bytes, signatu
     except InvalidSignature:
         return False
     return True
-
-
-__all__ = ["API_STATE", "Batch", "InputRefused", "KeyLimitReached", "Keystore", "NewKey", "Plan", "Sealed", "StaleKey"]

@@ -25,7 +25,6 @@ import policy
 from audit import event
 from audit.log import Change, ChangeFailed, Log, Receipt
 from keystore import (
-    MAX_PAIRS,
     Envelope,
     HsmStatus,
     InvalidCiphertext,
@@ -40,6 +39,7 @@ from keystore import (
     Sealed,
     check_use,
 )
+from keystore.envelope import MAX_PAIRS
 from policy import Caller, Decision, InstallationFacts, KeyFacts, Policy, Resource, TenantFacts
 from service.outcome import (
     DENIED,

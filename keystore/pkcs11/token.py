@@ -85,8 +85,11 @@ class TokenConfig:
             raise HsmUnavailable(f"PIN file {self.pin_file}: {error.strerror}") from None
 
     def object_id(self, role: str, version: int = 1) -> uuid.UUID:
-        """CKA_ID of one of the installation's own token objects: the only thing they are searched by."""
-        return uuid.uuid5(self.installation, f"skms/{role}/{version}")
+        """CKA_ID of one of the installation's own token objects: the only thing they are searched by.
+
+        Every region has a root KEK of its own, and all HSMs of a region hold the same.
+        """
+        return uuid.uuid5(self.installation, f"skms/{self.region}/{role}/{version}")
 
     def label(self, role: str, version: int = 1) -> str:
         """CKA_LABEL, for people; often public, so nothing of a tenant stands in it."""

@@ -49,7 +49,9 @@ class Lab:
     def trust(self) -> Trust:
         return Trust(ORIGIN, (self.signer.public_key(),))
 
-    def writer(self, *, node: str = "n0", locks: str = "locks", clock: Callable[[], int] | None = None, **options: Any) -> log.Log:
+    def writer(
+        self, *, node: str = "n0", locks: str = "locks", clock: Callable[[], int] | None = None, **options: Any
+    ) -> log.Log:
         facts = log.OpenFacts(cfg="0" * 64, dist="0" * 64, ver="1.0")
         return log.Log(
             options.pop("engine", self.engine),

@@ -159,7 +159,9 @@ async def test_a_restart_goes_on_from_a_snapshot_and_refuses_a_spoilt_tail(made:
     second._lock_file.close()  # as if killed: no snapshot of its own
     with sqlite3.connect(made.path) as db:
         db.execute("DROP TRIGGER audit_batch_update")
-        db.execute("UPDATE audit_batch SET head = zeroblob(32) WHERE first_seq = (SELECT max(first_seq) FROM audit_batch)")
+        db.execute(
+            "UPDATE audit_batch SET head = zeroblob(32) WHERE first_seq = (SELECT max(first_seq) FROM audit_batch)"
+        )
     from audit.chain import Bad
 
     with pytest.raises(Bad):
@@ -219,7 +221,9 @@ class Mutations:
 
     def one(self) -> str:
         """Apply one; says what was done."""
-        table = self.chooser.choice([t for t, rows in self.rows.items() for _ in range(3 if t == "audit_batch" else 1) if rows])
+        table = self.chooser.choice(
+            [t for t, rows in self.rows.items() for _ in range(3 if t == "audit_batch" else 1) if rows]
+        )
         row = self.chooser.choice(self.rows[table])
         where = " AND ".join(f"{k} = ?" for k in self.KEYS[table])
         key = [row[k] for k in self.KEYS[table]]

@@ -53,8 +53,11 @@ def upgrade() -> None:
         sa.Column("min_encrypt_version", sa.Integer(), nullable=False),
         sa.Column("delete_at", sa.BigInteger(), nullable=True),
         sa.Column("mac", sa.LargeBinary(), nullable=False),
+        sa.Column("changed", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("key_id"),
     )
+    op.create_index("keystore_key_changed", "keystore_key", ["changed"], unique=False)
+    op.create_index("keystore_key_delete_at", "keystore_key", ["delete_at"], unique=False)
     op.create_index("keystore_key_tenant", "keystore_key", ["tenant", "key_id"], unique=False)
     op.create_table(
         "keystore_tenant_secret",
@@ -181,6 +184,8 @@ def downgrade() -> None:
     op.drop_table("keystore_version")
     op.drop_table("keystore_tenant_secret")
     op.drop_index("keystore_key_tenant", table_name="keystore_key")
+    op.drop_index("keystore_key_delete_at", table_name="keystore_key")
+    op.drop_index("keystore_key_changed", table_name="keystore_key")
     op.drop_table("keystore_key")
     op.drop_table("keystore_epoch")
     op.drop_table("keystore_alias")
