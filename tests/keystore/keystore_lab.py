@@ -43,11 +43,24 @@ _SIZES = {Material.KDK_512: 64, Material.AES_256: 32, Material.HMAC_256: 32, Mat
 _CURVES = {Material.EC_P256: ec.SECP256R1(), Material.EC_P384: ec.SECP384R1()}
 
 
+def _private_numbers(private: Any) -> list[bytes]:
+    if isinstance(private, ed25519.Ed25519PrivateKey):
+        return [private.private_bytes_raw()]
+    numbers = private.private_numbers()
+    found = (
+        [numbers.private_value]
+        if isinstance(private, ec.EllipticCurvePrivateKey)
+        else [numbers.p, numbers.q, numbers.d]
+    )
+    return [n.to_bytes((n.bit_length() + 7) // 8, "big") for n in found]
+
+
 @dataclass
 class TestHsm:
     """The contract of `keystore.hsm.Hsm` with real cryptography, and with everything a test wants to see.
 
-    `secrets` holds every clear key it ever made; `calls` counts; `cached` is what a token would hold unwrapped.
+    `secrets` holds every clear key it ever made, `hidden` what of these must be nowhere else (no public half);
+    `calls` counts; `cached` is what a token would hold unwrapped.
     """
 
     __test__ = False
@@ -58,6 +71,7 @@ class TestHsm:
     lacks: dict[Material, str] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     secrets: list[bytes] = field(default_factory=list)
+    hidden: list[bytes] = field(default_factory=list)
     cached: dict[uuid.UUID, bytes] = field(default_factory=dict)
     forgotten: list[uuid.UUID] = field(default_factory=list)
     next_secret: bytes | None = None
@@ -84,8 +98,10 @@ class TestHsm:
         public = b""
         if material in _SIZES:
             clear = self.next_secret or os.urandom(_SIZES[material])
+            self.hidden.append(clear)
         else:
             private = self._pair(material)
+            self.hidden += _private_numbers(private)
             clear = private.private_bytes(
                 serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
@@ -194,6 +210,7 @@ class Lab:
         self.engine = self._open()
         tables.create_all(self.engine)
         self.store = self.worker()
+        self.catalog = Catalog(self.engine)
 
     def _draw(self, length: int) -> bytes:
         return self.random(length)  # a test may exchange it later

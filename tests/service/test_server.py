@@ -1,0 +1,132 @@
+"""The TLS server over raw sockets: resumption, framing, heads, drips (I-07, W-05 to W-08)."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from typing import Any
+
+import httpx
+import pytest
+from harness import Served
+
+GET = b"GET /v1/whoami HTTP/1.1\r\nHost: x\r\n\r\n"
+HEAD = b"GET /v1/whoami HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /v1/random HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+REFUSED = {
+    "two hosts": (b"400", HEAD + b"Host: y\r\n\r\n"),
+    "no host": (b"400", b"GET /v1/whoami HTTP/1.1\r\n\r\n"),
+    "two authorizations": (b"400", HEAD + b"Authorization: a\r\nAuthorization: b\r\n\r\n"),
+    "TE and CL": (b"400", POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "two lengths": (b"400", POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}"),
+    "negative length": (b"400", POST + b"Content-Length: -1\r\n\r\n"),
+    "bad chunk": (b"400", POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+    "obs-fold": (b"400", HEAD + b"A: b\r\n c\r\n\r\n"),
+    "underscore": (b"400", HEAD + b"X_Forwarded_For: 6.6.6.6\r\n\r\n"),
+    "absolute form": (b"400", b"GET https://evil.example/v1/whoami HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "userinfo": (b"400", b"GET @evil HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "double slash": (b"400", b"GET //v1/whoami HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "101 headers": (b"431", HEAD + b"A: b\r\n" * 100 + b"\r\n"),
+    "large head": (b"431", HEAD + b"A: " + b"a" * 40_000),
+    "trailer": (b"431", POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nAuthorization: a\r\n\r\n"),
+    "not HTTP": (b"400", b"\x00\x01\x02\r\n\r\n"),
+}
+
+
+def ask(node: Served, name: str | None, *parts: bytes, session: Any = None) -> tuple[bytes, Any, bool]:
+    """(answer, TLS session, whether it resumed); close_notify is sent, or a resumed session would hide."""
+    port = int(node.url.rsplit(":", 1)[1])
+    answer, reused = b"", False
+    with contextlib.suppress(OSError, ssl.SSLError):
+        raw = socket.create_connection(("127.0.0.1", port), timeout=5)
+        context = node.tls(name) if session is None else session[0]
+        with context.wrap_socket(raw, server_hostname="127.0.0.1", session=None if session is None else session[1]) as tls:
+            reused = bool(tls.session_reused)
+            for part in parts:
+                tls.sendall(part)
+            while chunk := tls.recv(65_536):
+                answer += chunk
+                head, _, body = answer.partition(b"\r\n\r\n")
+                length = [ln for ln in head.lower().split(b"\r\n") if ln.startswith(b"content-length:")]
+                if length and len(body) >= int(length[0].split(b":")[1]):
+                    break
+            session = (context, tls.session)
+            tls.unwrap()
+    return answer, session, reused
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_W_07_W_08_ambiguous_messages_are_refused_with_a_constant(node: Served, name: str) -> None:
+    status, message = REFUSED[name]
+    answer, _, _ = ask(node, "health-eu-de-1", message)
+    if name == "trailer":
+        # The body ended before the trailer came: its answer may be under way; the trailer never reaches a request.
+        assert answer[9:12] in {b"431", b"200"}
+        return
+    assert answer[9:12] == status, (name, answer[:200])
+    assert b"evil" not in answer
+    assert b'"code": "request_malformed"' in answer
+
+
+def test_the_same_message_without_the_ambiguity_is_answered(node: Served) -> None:
+    answer, _, _ = ask(node, "health-eu-de-1", GET)
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_I_07_no_tls_session_can_be_resumed(node: Served) -> None:
+    first, session, _ = ask(node, "health-eu-de-1", GET)
+    assert first.startswith(b"HTTP/1.1 200")
+    assert session[1] is None or not session[1].has_ticket
+    _, _, reused = ask(node, "health-eu-de-1", GET, session=session)
+    assert not reused, "a saved TLS session was resumed: it would carry an identity without a certificate"
+
+
+def test_tls_1_2_is_refused(node: Served) -> None:
+    context = node.tls("health-eu-de-1")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    port = int(node.url.rsplit(":", 1)[1])
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=5) as raw,
+        pytest.raises(ssl.SSLError),
+        context.wrap_socket(raw, server_hostname="127.0.0.1"),
+    ):
+        pass
+
+
+def test_W_06_drips_leave_others_unharmed(node: Served) -> None:
+    """Connections that send a byte now and then, beside one that works."""
+    port = int(node.url.rsplit(":", 1)[1])
+    context = node.tls(None)
+    slow = []
+    try:
+        for _ in range(100):
+            raw = socket.create_connection(("127.0.0.1", port), timeout=5)
+            tls = context.wrap_socket(raw, server_hostname="127.0.0.1")
+            tls.sendall(b"G")
+            slow.append(tls)
+        times = []
+        with node.client("health-eu-de-1") as client:
+            for turn in range(60):
+                slow[turn].sendall(b"E")
+                begun = time.perf_counter()
+                assert client.get("/v1/whoami").status_code == 200
+                times.append(time.perf_counter() - begun)
+        assert sorted(times)[-2] < 0.5
+    finally:
+        for tls in slow:
+            tls.close()
+
+
+def test_a_stranger_authority_gets_no_connection(node: Served, tmp_path: Any) -> None:
+    from service.devpki import Authority
+
+    pem, key = Authority.create("stranger").issue("x", uris=("spiffe://eu-de-1.dev.skms.example/health/x",))
+    (tmp_path / "c.pem").write_bytes(pem)
+    (tmp_path / "c.key").write_bytes(key)
+    context = node.tls(None)
+    context.load_cert_chain(tmp_path / "c.pem", tmp_path / "c.key")
+    with pytest.raises(httpx.TransportError), httpx.Client(base_url=node.url, verify=context) as client:
+        client.get("/v1/whoami")
