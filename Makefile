@@ -9,7 +9,7 @@ demo: setup
 	@$(PY) deploy/demo.py $(if $(FILE),--file "$(FILE)")
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadgroup -q
+	$(PY) -m pytest -n 2 --dist loadfile -q
 
 crash: setup ## 1,000 kills under load
 	CRASH_KILLS=1000 $(PY) -m pytest -q tests/end_to_end/test_crash.py

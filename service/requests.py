@@ -95,7 +95,7 @@ class Observer:
         info.labels(version, node).set(1)
         self._gauge("skms_audit_waiting_records", "Records that wait for their commit", lambda: kms.log.waiting)
         self._gauge("skms_audit_next_seq", "Length of this worker's chain", lambda: kms.log.next_seq)
-        self._gauge("skms_audit_commit_age_seconds", "Time since the last commit", lambda: kms.log.last_commit_age_s())
+        self._gauge("skms_audit_commit_age_seconds", "Time since the last commit", kms.log.last_commit_age_s)
         self._gauge(
             "skms_audit_running",
             "1 while the chain can be written",

@@ -53,7 +53,9 @@ def module() -> Path:
 def bring_up(directory: Path, labels: Sequence[str]) -> SoftHsm:
     """Make the tokens that are not there yet; a second call changes nothing."""
     found = module()
-    done = subprocess.run(["sh", str(SCRIPT), str(directory), *labels], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["/bin/sh", str(SCRIPT), str(directory), *labels], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise SoftHsmUnavailable(done.stderr.strip() or "softhsm2-util failed")
     return SoftHsm(directory.absolute(), found)

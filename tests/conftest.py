@@ -47,7 +47,7 @@ async def elsewhere(lab: Lab, dev_files: Files) -> AsyncIterator[Lab]:
 @pytest.fixture
 def pkcs11_calls(lab: Lab) -> Callable[[], int]:
     """How many PKCS#11 functions this process has called so far."""
-    return lambda: lab.node.pkcs11_calls()
+    return lab.node.pkcs11_calls
 
 
 class Database:

@@ -180,11 +180,11 @@ def explained(answer: httpx.Response) -> Failed:
         if field in problem:
             value = problem[field]
             lines.append(f"  {text}: {', '.join(value) if isinstance(value, list) else value}")
-    for wrong in problem.get("errors", []):
-        lines.append(f"  {wrong.get('pointer') or 'body'}: {wrong.get('detail', wrong.get('code'))}")
-    for field in ("decision_id", "request_id"):
-        if field in problem:
-            lines.append(f"  {field}: {problem[field]}")
+    lines += [
+        f"  {wrong.get('pointer') or 'body'}: {wrong.get('detail', wrong.get('code'))}"
+        for wrong in problem.get("errors", [])
+    ]
+    lines += [f"  {field}: {problem[field]}" for field in ("decision_id", "request_id") if field in problem]
     if code in WHAT_TO_DO:
         lines.append(f"  what to do: {WHAT_TO_DO[code]}")
     by_status = {400: USAGE, 404: NOT_FOUND, 409: CONFLICT, 413: USAGE, 415: USAGE, 422: USAGE}

@@ -60,7 +60,7 @@ async def test_A_change_commits_with_its_record_and_a_failing_one_harms_no_neigh
     assert isinstance(results[0], log.Receipt)
     assert isinstance(results[2], log.Receipt)
     assert seen == ["a"]
-    (undone,) = [f for f in writer.records(op="rotate_key", out="error")]
+    (undone,) = writer.records(op="rotate_key", out="error")
     assert undone.record["why"] == "change_undone"
     await writer.close()
     assert made.verify() == []

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import Lab, new_key
+from policy import Policy
 from service.protocols.native import ROUTES
 from service.protocols.openapi import document
 
@@ -196,30 +199,33 @@ async def test_A_12_only_named_fields_reach_the_policy(lab: Lab) -> None:
 
 @pytest.mark.anyio
 async def test_A_22_nothing_succeeds_after_a_disable_was_answered(lab: Lab) -> None:
-    operator, client = lab.client("health-operator"), lab.client("health-eu-de-1")
     for _ in range(5):
-        key = await new_key(lab, "AES_256")
-        stopped = asyncio.Event()
-        late: list[str] = []
-        outcomes: set[int] = set()
+        await disable_under_load(lab, await new_key(lab, "AES_256"))
 
-        async def use(number: int) -> None:
-            for _ in range(3):
-                begun_after = stopped.is_set()
-                answer = await client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})  # noqa: B023
-                outcomes.add(answer.status_code)
-                if answer.status_code == 200 and (begun_after or stopped.is_set()):  # noqa: B023
-                    late.append(f"{number}: succeeded after the disable was answered")  # noqa: B023
 
-        async def stop() -> None:
-            await asyncio.sleep(0.02)
-            answer = await operator.post(f"/v1/keys/{key}/disable")  # noqa: B023
-            assert answer.status_code == 200
-            stopped.set()  # noqa: B023
+async def disable_under_load(lab: Lab, key: str) -> None:
+    """200 users of a key that is disabled meanwhile: once that is answered, none of them succeeds."""
+    operator, client = lab.client("health-operator"), lab.client("health-eu-de-1")
+    stopped = asyncio.Event()
+    late: list[str] = []
+    outcomes: set[int] = set()
 
-        await asyncio.gather(stop(), *(use(n) for n in range(200)))
-        assert not late, late[:3]
-        assert outcomes == {200, 409}
+    async def use(number: int) -> None:
+        for _ in range(3):
+            answer = await client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
+            outcomes.add(answer.status_code)
+            if answer.status_code == 200 and stopped.is_set():
+                late.append(f"{number}: succeeded after the disable was answered")
+
+    async def stop() -> None:
+        await asyncio.sleep(0.02)
+        answer = await operator.post(f"/v1/keys/{key}/disable")
+        assert answer.status_code == 200
+        stopped.set()
+
+    await asyncio.gather(stop(), *(use(n) for n in range(200)))
+    assert not late, late[:3]
+    assert outcomes == {200, 409}
 
 
 @pytest.mark.anyio
@@ -258,6 +264,90 @@ async def test_A_22_delete_and_rotate_race_with_use(lab: Lab) -> None:
     await asyncio.gather(delete(), *(use() for _ in range(100)))
     assert not bad, bad[:3]
     assert (await client.post(f"{path}/encrypt", json={"plaintext": B64})).status_code == 409
+
+
+# What each Cedar action lets a caller do: (method, route), for the routes that ask for exactly this action.
+GRANTS = {
+    "encrypt": {("POST", "/v1/keys/{key}/encrypt"), ("POST", "/v1/batch/encrypt")},
+    "decrypt": {("POST", "/v1/decrypt"), ("POST", "/v1/batch/decrypt")},
+    "unwrap": {("POST", "/v1/data-keys/unwrap"), ("POST", "/v1/batch/unwrap")},
+    "generateDataKey": {("POST", "/v1/keys/{key}/data-keys"), ("POST", "/v1/batch/data-keys")},
+    "rewrap": {("POST", "/v1/rewrap"), ("POST", "/v1/batch/rewrap")},
+    "random": {("POST", "/v1/random")},
+    "describe": {("GET", "/v1/keys/{key}"), ("GET", "/v1/keys/{key}/versions")},
+    "listKeys": {("GET", "/v1/keys"), ("GET", "/v1/aliases")},
+    "createKey": {("POST", "/v1/keys")},
+    "createToken": {("POST", "/v1/tokens"), ("GET", "/v1/tokens"), ("DELETE", "/v1/tokens/{id}")},
+    "rotate": {("POST", "/v1/keys/{key}/rotate")},
+    "suspend": {("POST", "/v1/keys/{key}/disable")},
+    "enable": {("POST", "/v1/keys/{key}/enable")},
+    "revoke": {("POST", "/v1/keys/{key}/mark-compromised")},
+    "revokeVersion": {("POST", "/v1/keys/{key}/versions/{version}/revoke")},
+    "scheduleDeletion": {("POST", "/v1/keys/{key}/schedule-deletion")},
+    "cancelDeletion": {("POST", "/v1/keys/{key}/cancel-deletion")},
+    "updateKey": {("PATCH", "/v1/keys/{key}")},
+    "setAlias": {("PUT", "/v1/aliases/{name}")},
+    "readAudit": {("GET", "/v1/audit/records"), ("GET", "/v1/audit/status")},
+}
+ON_TENANT = {"random", "listKeys", "createKey", "createToken", "readAudit"}
+OPEN = {"/v1/whoami", "/v1/tenants", "/v1/regions", "/v1/policy", "/v1/hsms"}  # what every credential may know
+
+
+@pytest.mark.anyio
+async def test_A_01_each_permission_opens_its_own_routes_and_no_other(lab: Lab, tmp_path: Path) -> None:
+    """One permission after the other in a bundle of its own, every route each time: dry runs, so nothing changes."""
+    things = await Things(lab).make()
+    kms, before = lab.node.kms, lab.node.kms.policy
+    wrong = []
+    try:
+        for action, granted in GRANTS.items():
+            bundle = tmp_path / action
+            shutil.copytree(lab.files.config.policy.bundle, bundle)
+            scope = '== Tenant::"health"' if action in ON_TENANT else 'in Tenant::"health"'
+            (bundle / "tenants/health/00-roles.cedar").write_text(
+                f'@id("only") @layer("tenant") permit (principal, action == Action::"{action}", resource {scope})'
+                ' when { principal.tenant == Tenant::"health" };'
+            )
+            kms.policy = Policy.load(bundle)
+            for route in ROUTES:
+                if route.public or route.path in OPEN or route.method == "DELETE":
+                    continue
+                path = route.path.format(key=things.key, version=1, name="nothing", id="abcdefgh")
+                body = body_of(route.path, route.method, things.key, things.ciphertext, things.wrapped)
+                for name in ("health-eu-de-1", "health-operator"):
+                    query = "" if route.method == "GET" else "?dry_run=true"
+                    answer = (await send(lab, name, route.method, path + query, body)).json()
+                    if "results" in answer:
+                        result = answer["results"][0]
+                        answer = result.get("problem") or result.get("result")
+                    opened = answer.get("would") == "allow" or not ({"code", "would"} & set(answer))
+                    if opened and (route.method, route.path) not in granted:
+                        wrong.append(f"{action} opened {route.method} {route.path} for {name}")
+    finally:
+        kms.policy = before
+    assert not wrong, wrong[:5]
+
+
+@pytest.mark.anyio
+async def test_A_01_the_permission_itself_does_open_its_route(lab: Lab) -> None:
+    """The other half: with the ordinary bundle each of these is allowed to somebody."""
+    things = await Things(lab).make()
+    closed = []
+    for action, granted in GRANTS.items():
+        for method, template in granted - {("DELETE", "/v1/tokens/{id}"), ("POST", "/v1/keys/{key}/cancel-deletion")}:
+            path = template.format(key=things.key, version=1, name="fresh", id="abcdefgh")
+            body = body_of(template, method, things.key, things.ciphertext, things.wrapped)
+            opened = False
+            for name in ("health-eu-de-1", "health-operator", "health-officer", "health-auditor"):
+                query = "" if method == "GET" else "?dry_run=true"
+                answer = (await send(lab, name, method, path + query, body)).json()
+                if "results" in answer:
+                    answer = answer["results"][0].get("problem") or answer["results"][0].get("result")
+                opened |= answer.get("would") == "allow" or answer.get("code") == "etag_mismatch" or "items" in answer
+                opened |= not ({"code", "would"} & set(answer))
+            if not opened:
+                closed.append((action, method, template))
+    assert not closed, closed
 
 
 def test_A_01_every_route_of_the_document_is_in_the_table() -> None:

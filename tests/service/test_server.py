@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from harness import Served
 
 GET = b"GET /v1/whoami HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -43,7 +44,9 @@ def ask(node: Served, name: str | None, *parts: bytes, session: Any = None) -> t
     with contextlib.suppress(OSError, ssl.SSLError):
         raw = socket.create_connection(("127.0.0.1", port), timeout=5)
         context = node.tls(name) if session is None else session[0]
-        with context.wrap_socket(raw, server_hostname="127.0.0.1", session=None if session is None else session[1]) as tls:
+        with context.wrap_socket(
+            raw, server_hostname="127.0.0.1", session=None if session is None else session[1]
+        ) as tls:
             reused = bool(tls.session_reused)
             for part in parts:
                 tls.sendall(part)

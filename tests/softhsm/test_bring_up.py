@@ -28,7 +28,11 @@ def test_tokens_are_made_once_in_their_own_directory(tmp_path: Path) -> None:
 
 def test_a_missing_softhsm_is_told_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["/bin/sh", str(softhsm.SCRIPT), str(tmp_path), "x"], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+        ["/bin/sh", str(softhsm.SCRIPT), str(tmp_path), "x"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 69
     assert "apt-get install softhsm2" in done.stderr

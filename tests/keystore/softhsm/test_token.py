@@ -26,8 +26,7 @@ from keystore.hsm import (
     StoredKey,
     UnsupportedByHsm,
 )
-from keystore.pkcs11 import Pkcs11Hsm, TokenConfig, initialise, open_token, total_calls
-from keystore.pkcs11 import selftest
+from keystore.pkcs11 import Pkcs11Hsm, TokenConfig, initialise, open_token, selftest, total_calls
 from keystore.pkcs11.binding import Module, Session, module
 from keystore.pkcs11.errors import CkError, Fault, classify
 from keystore.pkcs11.mechanisms import CKO, A
@@ -76,7 +75,24 @@ def test_an_empty_token_is_told_what_to_do(config: TokenConfig, hsm: Pkcs11Hsm) 
 def test_the_root_kek_wraps_and_unwraps_and_nothing_else(config: TokenConfig, hsm: Pkcs11Hsm) -> None:
     session = hsm._sessions.home
     (kek,) = session.find({A.CLASS: CKO.SECRET_KEY, A.ID: config.object_id("root-kek").bytes, A.TOKEN: True})
-    on = {n for n in ("ENCRYPT", "DECRYPT", "SIGN", "VERIFY", "DERIVE", "WRAP", "UNWRAP", "SENSITIVE", "PRIVATE", "TOKEN", "EXTRACTABLE", "MODIFIABLE") if session.get(kek, getattr(A, n), 1) == b"\1"}
+    on = {
+        n
+        for n in (
+            "ENCRYPT",
+            "DECRYPT",
+            "SIGN",
+            "VERIFY",
+            "DERIVE",
+            "WRAP",
+            "UNWRAP",
+            "SENSITIVE",
+            "PRIVATE",
+            "TOKEN",
+            "EXTRACTABLE",
+            "MODIFIABLE",
+        )
+        if session.get(kek, getattr(A, n), 1) == b"\1"
+    }
     assert on == {"WRAP", "UNWRAP", "SENSITIVE", "PRIVATE", "TOKEN"}
     with pytest.raises(CkError):
         session.get(kek, A.VALUE)

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import ROOT
 
+from harness import ROOT
 from service.cli import filecrypt
 from service.cli.client import EXIT
 from service.config import ConfigInvalid, load
@@ -40,7 +40,7 @@ def test_files_of_every_size_come_back(size: int) -> None:
 
 def test_every_changed_byte_and_every_cut_is_noticed() -> None:
     protected = protect(os.urandom(40_000))
-    for at in [*range(0, 400), *range(400, len(protected), 997)]:
+    for at in [*range(400), *range(400, len(protected), 997)]:
         changed = bytearray(protected)
         changed[at] ^= 1
         with pytest.raises(filecrypt.NotProtected):
@@ -78,7 +78,18 @@ def test_every_exit_status_belongs_to_a_code_of_the_api() -> None:
 def test_the_example_configuration_shows_every_option_and_loads() -> None:
     config = load(ROOT / "deploy" / "skms.example.toml", environment={})
     text = (ROOT / "deploy" / "skms.example.toml").read_text()
-    for section in (config.node, config.listen, config.database, config.hsm[0], config.policy, config.trust[0], config.oidc[0], config.audit, config.limits, config.log):
+    for section in (
+        config.node,
+        config.listen,
+        config.database,
+        config.hsm[0],
+        config.policy,
+        config.trust[0],
+        config.oidc[0],
+        config.audit,
+        config.limits,
+        config.log,
+    ):
         for option in section.__struct_fields__:
             assert option in text, option
 
@@ -94,7 +105,9 @@ def test_the_example_configuration_shows_every_option_and_loads() -> None:
         (('level = "info"', 'level = "loud"'), True, "level"),
     ],
 )
-def test_a_wrong_option_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], line: bool, reason: str) -> None:
+def test_a_wrong_option_is_named_with_its_line(
+    tmp_path: Path, change: tuple[str, str], line: bool, reason: str
+) -> None:
     text = (ROOT / "deploy" / "skms.example.toml").read_text()
     assert change[0] in text
     path = tmp_path / "skms.toml"
@@ -108,5 +121,7 @@ def test_a_wrong_option_is_named_with_its_line(tmp_path: Path, change: tuple[str
 
 
 def test_environment_overrides_an_option() -> None:
-    config = load(ROOT / "deploy" / "skms.example.toml", environment={"SKMS_LISTEN_PORT": "9443", "SKMS_LOG_LEVEL": "debug"})
+    config = load(
+        ROOT / "deploy" / "skms.example.toml", environment={"SKMS_LISTEN_PORT": "9443", "SKMS_LOG_LEVEL": "debug"}
+    )
     assert (config.listen.port, config.log.level) == (9443, "debug")

@@ -43,7 +43,9 @@ class World:
 
     async def ask(self, *uris: str, domain: str = DOMAIN, **options: Any) -> Any:
         pem, _ = self.authorities[domain].issue("x", uris=uris, **options)
-        return await self.provider.identify({"extensions": {"tls": {"client_cert_chain": [pem.decode()]}}, "headers": []})
+        return await self.provider.identify(
+            {"extensions": {"tls": {"client_cert_chain": [pem.decode()]}}, "headers": []}
+        )
 
 
 @pytest.fixture
@@ -184,10 +186,10 @@ def test_L_07_nothing_secret_is_shown_or_pickled(issued: Tokens) -> None:
     assert "p" * 8 not in repr(issued.tokens)
     with pytest.raises(TypeError):
         pickle.dumps(issued.tokens)
+    import uuid
+
     from keystore.hsm import Wrapped
     from service.work import DataKey, Plaintext
-
-    import uuid
 
     for value in (
         Wrapped(b"SECRETBLOB", "m", uuid.uuid4()),

@@ -62,7 +62,9 @@ class World:
         return jwt.encode(made, claims or self.claims(), chosen, algorithms=[made["alg"]])
 
     async def ask(self, token: str) -> Any:
-        return await self.provider.identify({"headers": [(b"authorization", b"Bearer " + token.encode())], "client": ("x", 1)})
+        return await self.provider.identify(
+            {"headers": [(b"authorization", b"Bearer " + token.encode())], "client": ("x", 1)}
+        )
 
 
 @pytest.fixture
@@ -204,7 +206,12 @@ async def test_a_changed_or_respelt_token_is_refused(world: World) -> None:
     head, body, signature = token.split(".")
     last = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     respelt = signature[:-1] + last[last.index(signature[-1]) ^ 1]
-    for bad in (f"{head}.{body}.{respelt}", f"{head}.{body}.", f"{head}.{body}.{signature}=", f"{head}.{body[:-2]}.{signature}"):
+    for bad in (
+        f"{head}.{body}.{respelt}",
+        f"{head}.{body}.",
+        f"{head}.{body}.{signature}=",
+        f"{head}.{body[:-2]}.{signature}",
+    ):
         with pytest.raises(Unidentified):
             await world.ask(bad)
 
