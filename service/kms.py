@@ -729,7 +729,13 @@ class Kms:
     async def unidentified(self, *, source: str, request_id: str, arrived: int, why: str) -> Receipt:
         """Record a request whose caller or route is unknown."""
         record = event.Auth(
-            id=str(uuid.uuid4()), ts=arrived, node=self.node, src=source or None, req=request_id, why=why
+            id=str(uuid.uuid4()),
+            ts=arrived,
+            node=self.node,
+            src=source or None,
+            req=request_id,
+            why=why,
+            pol=self.policy.digest[:32],
         )
         return await self.log.append(record)
 
@@ -954,6 +960,7 @@ class Kms:
         ):
             generation, secret = self._secrets[caller.tenant]
             facts["ctx"] = event.hash_context(secret, generation, entry.context)
+        facts.setdefault("pol", self.policy.digest[:32])
         if why is not None:
             facts |= {"why": why}
         if entry.decision is not None and out == DENIED and not entry.decision.rules:

@@ -90,7 +90,7 @@ def drive(node: Served) -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_L_01_no_secret_is_in_logs_database_metrics_or_export(tmp_path: Path) -> None:
+def test_L_01_L_06_no_secret_is_in_logs_database_metrics_or_export(tmp_path: Path) -> None:
     log = tmp_path / "node.log"
     import os
 

@@ -1,0 +1,209 @@
+"""The command line against a running node: what an operator types, what comes back, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ROOT, Served
+
+from service.protocols.native import ROUTES
+
+
+def skms(node: Served, name: str, *arguments: str, status: int = 0, stdin: bytes = b"") -> Any:
+    command = [
+        sys.executable,
+        "-m",
+        "service.cli.main",
+        "--dev-dir",
+        str(node.directory),
+        "--identity",
+        name,
+        "-o",
+        "json",
+    ]
+    done = subprocess.run([*command, *arguments], capture_output=True, input=stdin, cwd=ROOT, check=False)
+    assert done.returncode == status, (arguments, done.returncode, done.stdout, done.stderr)
+    if status:
+        assert b"Traceback" not in done.stderr
+        return done.stderr.decode()
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        return done.stdout.decode()
+
+
+# Which command serves which route: every operation of the API has one (O5).
+COMMANDS = {
+    "encrypt": "encrypt", "decrypt": "decrypt", "rewrap": "rewrap", "data_key": "data-key", "unwrap_data_key": "unwrap",
+    "sign": "sign", "verify": "verify", "mac": "mac", "verify_mac": "verify-mac", "random": "random",
+    "create_key": "key create", "list_keys": "key list", "get_key": "key show", "update_key": "key update",
+    "rotate_key": "key rotate", "disable_key": "key disable", "enable_key": "key enable",
+    "compromise_key": "key compromise", "schedule_deletion": "key schedule-deletion",
+    "cancel_deletion": "key cancel-deletion", "list_versions": "key versions", "revoke_version": "key revoke-version",
+    "get_public_key": "key public-key", "list_aliases": "alias list", "put_alias": "alias put",
+    "delete_alias": "alias delete", "list_tenants": "tenant list", "list_regions": "region list",
+    "list_hsms": "hsm status", "get_policy": "policy show", "reload_policy": "policy reload",
+    "create_token": "token create", "list_tokens": "token list", "revoke_token": "token revoke",
+    "search_records": "audit search", "audit_status": "audit status", "whoami": "whoami",
+}  # fmt: skip
+WITHOUT = {"health", "metrics", "openapi"}  # for machines
+
+
+def test_O5_every_operation_of_the_api_has_a_command() -> None:
+    assert {r.op for r in ROUTES} - WITHOUT == set(COMMANDS)
+    import typer
+
+    from service.cli.commands import app
+
+    click: Any = typer.main.get_command(app)
+    for command in COMMANDS.values():
+        at = click
+        for word in command.split():
+            at = at.commands[word]
+
+
+def test_a_key_from_creation_to_deletion(node: Served, tmp_path: Path) -> None:
+    made = skms(
+        node,
+        "health-operator",
+        "key",
+        "create",
+        "--spec",
+        "AES_256",
+        "--tier",
+        "2",
+        "--home",
+        "eu-de-1",
+        "--alias",
+        "cli",
+    )
+    key = made["id"]
+    text = skms(node, "health-eu-de-1", "encrypt", "alias/cli", "-c", "row=7", stdin=b"hello")["ciphertext"]
+    file = tmp_path / "message"
+    file.write_text(text)
+    plain = tmp_path / "plain"
+    skms(node, "health-eu-de-1", "decrypt", "-i", str(file), "-O", str(plain), "-c", "row=7")
+    assert plain.read_bytes() == b"hello"
+    assert plain.stat().st_mode & 0o777 == 0o600
+    assert skms(node, "health-eu-de-1", "envelope", "inspect", "-i", str(file))["key_id"] == key
+    assert skms(node, "health-operator", "key", "rotate", "alias/cli")["latest_version"] == 2
+    assert "to" in skms(node, "health-eu-de-1", "rewrap", "-i", str(file), "-c", "row=7")
+    assert (
+        skms(node, "health-operator", "key", "update", key, "--description", "for tests")["description"] == "for tests"
+    )
+    assert skms(node, "health-officer", "key", "disable", key)["state"] == "disabled"
+    told = skms(node, "health-eu-de-1", "encrypt", key, status=5, stdin=b"x")
+    assert "key_state_invalid" in told
+    assert "skms key enable" in told
+    assert skms(node, "health-operator", "key", "enable", key)["state"] == "enabled"
+    assert (
+        skms(node, "health-operator", "key", "schedule-deletion", key, "--wait", "P7D")["state"] == "pending_deletion"
+    )
+    assert skms(node, "health-operator", "key", "cancel-deletion", key)["state"] == "disabled"
+    assert any(k["id"] == key for k in skms(node, "health-operator", "key", "list"))
+    assert skms(
+        node, "health-operator", "--dry-run", "key", "rotate", key, status=2
+    )  # options stand before the command
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status", "says"),
+    [
+        ("health-us-mkt-1", ("encrypt", "alias/cli-status"), 3, "SOV-CALLER-PLACE"),
+        ("defence-eu-de-1", ("encrypt", "alias/cli-status"), 4, "not_found"),
+        ("health-operator", ("key", "show", "alias/none"), 4, "not_found"),
+        ("health-auditor", ("key", "rotate", "alias/cli-status"), 3, "DEFAULT"),
+        (
+            "health-operator",
+            ("key", "create", "--spec", "AES_256", "--tier", "2", "--home", "us-mkt-1"),
+            5,
+            "tier_not_met",
+        ),
+        ("health-operator", ("key", "create", "--spec", "AES_257", "--tier", "2", "--home", "eu-de-1"), 2, "/spec"),
+        ("health-operator", ("key", "create", "--tier", "2"), 2, "spec"),
+        ("nobody", ("whoami",), 2, "identity"),
+        ("health-eu-de-1", ("decrypt", "-i", "/nonexistent"), 2, "No such file"),
+    ],
+)
+def test_exit_statuses_and_messages(
+    node: Served, name: str, arguments: tuple[str, ...], status: int, says: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli.main", "--dev-dir", str(node.directory), "--identity", "health-operator"]
+        + ["key", "create", "--spec", "AES_256", "--tier", "2", "--home", "eu-de-1", "--alias", "cli-status"],
+        capture_output=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode in {0, 5}
+    told = skms(node, name, *arguments, status=status, stdin=b"x")
+    assert says in told
+
+
+def test_signing_tokens_policy_and_audit_from_the_command_line(node: Served, tmp_path: Path) -> None:
+    key = skms(node, "health-operator", "key", "create", "--spec", "EC_P256", "--tier", "2", "--home", "eu-de-1")["id"]
+    signature = skms(node, "health-eu-de-1", "sign", key, "-a", "ECDSA_SHA_256", stdin=b"m")["signature"]
+    verify = ("verify", key, "-a", "ECDSA_SHA_256", "--signature", signature)
+    assert skms(node, "health-eu-de-1", *verify, stdin=b"m")["valid"] is True
+    skms(node, "health-eu-de-1", *verify, status=8, stdin=b"n")
+    assert "BEGIN PUBLIC KEY" in skms(node, "health-eu-de-1", "key", "public-key", key)
+    token = tmp_path / "token"
+    made = skms(node, "health-operator", "token", "create", "--scope", "listKeys", "--out", str(token))
+    assert "token" not in made
+    assert token.stat().st_mode & 0o777 == 0o600
+    listed = skms(node, "health-operator", "token", "list")
+    assert made["id"] in {t["id"] for t in listed}
+    assert token.read_text().strip() not in json.dumps(listed)
+    skms(node, "health-operator", "token", "revoke", made["id"])
+    assert skms(node, "platform", "policy", "reload")["development"] is True
+    assert skms(node, "platform", "hsm", "status")[0]["state"] == "UP"
+    found = skms(node, "health-auditor", "audit", "search", "--op", "sign")
+    assert {r["record"]["op"] for r in found} == {"sign"}
+
+
+def test_a_node_is_found_stopped_and_told_apart(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service.cli.main", "dev"]
+    assert (
+        subprocess.run([*command, "env", "--dir", str(tmp_path)], capture_output=True, cwd=ROOT, check=False).returncode
+        == 7
+    )
+    assert (
+        subprocess.run(
+            [*command, "down", "--dir", str(tmp_path)], capture_output=True, cwd=ROOT, check=False
+        ).returncode
+        == 4
+    )
+    (tmp_path / "dev.pid").write_text(f"{os.getpid()} 1\n")  # our pid, another process's birth: not to be stopped
+    assert (
+        subprocess.run(
+            [*command, "down", "--dir", str(tmp_path)], capture_output=True, cwd=ROOT, check=False
+        ).returncode
+        == 4
+    )
+
+
+def test_two_workers_share_one_port_and_see_each_others_changes(tmp_path: Path) -> None:
+    from harness import served
+
+    with served(tmp_path / "pair", "--workers", "2") as pair:
+        key = skms(pair, "health-operator", "key", "create", "--spec", "AES_256", "--tier", "2", "--home", "eu-de-1")[
+            "id"
+        ]
+        chains = set()
+        for _ in range(60):
+            with pair.client("health-eu-de-1") as client:  # a connection of its own, so either worker may answer
+                answer = client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": "aGk="})
+                assert answer.status_code == 200, answer.text
+                chains.add(answer.headers["audit-receipt"].split('"')[1])
+        assert chains == {"dev.skms.example/audit/n0-0", "dev.skms.example/audit/n0-1"}
+        skms(pair, "health-operator", "key", "disable", key)
+        import time
+
+        time.sleep(0.5)  # S-01: every worker within a second
+        for _ in range(20):
+            with pair.client("health-eu-de-1") as client:
+                assert client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": "aGk="}).status_code == 409
