@@ -8,6 +8,7 @@ that other workers notice.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,6 +106,7 @@ _secret: Final = sa.Table(
     tables,
     sa.Column("tenant", sa.String(64), primary_key=True),
     sa.Column("generation", sa.Integer, primary_key=True),
+    sa.Column("region", sa.String(64), nullable=False),  # whose HSM wrapped it: a root KEK has one id in all regions
     sa.Column("object_id", sa.String(36), nullable=False),
     sa.Column("mechanism", sa.String(64), nullable=False),
     sa.Column("kek", sa.String(36), nullable=False),
@@ -132,6 +134,7 @@ class SecretRow:
 
     tenant: str
     generation: int
+    region: str
     object_id: uuid.UUID
     mechanism: str
     kek: uuid.UUID
@@ -260,6 +263,7 @@ class Catalog:
                 SecretRow(
                     tenant=row["tenant"],
                     generation=row["generation"],
+                    region=row["region"],
                     object_id=uuid.UUID(row["object_id"]),
                     mechanism=row["mechanism"],
                     kek=uuid.UUID(row["kek"]),
@@ -331,6 +335,7 @@ class Catalog:
         values = {
             "tenant": row.tenant,
             "generation": row.generation,
+            "region": row.region,
             "object_id": str(row.object_id),
             "mechanism": row.mechanism,
             "kek": str(row.kek),
@@ -368,23 +373,23 @@ class Catalog:
         return int(c.execute(sa.select(_epoch.c.epoch)).scalar_one())
 
     def _keys(self, c: Connection, chosen: sa.Select[Any], *, leave_out_damaged: bool = False) -> list[Key]:
-        rows = c.execute(chosen).mappings().all()
-        if not rows:
-            return []
-        ids = [r["key_id"] for r in rows]
-        versions: dict[str, list[sa.RowMapping]] = {i: [] for i in ids}
-        for at in range(0, len(ids), _CHUNK):
-            wanted = (
-                sa.select(_version)
-                .where(_version.c.key_id.in_(ids[at : at + _CHUNK]))
-                .order_by(_version.c.key_id, _version.c.number)
-            )
-            for v in c.execute(wanted).mappings():
-                versions[v["key_id"]].append(v)
+        """The keys of the chosen rows, in the order of ids.
+
+        Rows and versions come by one statement, so from one snapshot: read one after the other, a rotation that
+        commits in between would look like a row changed outside the service.
+        """
+        keys = chosen.subquery()
+        versions = [column.label(f"v_{column.name}") for column in _version.columns]
+        together = (
+            sa.select(keys, *versions)
+            .select_from(keys.outerjoin(_version, _version.c.key_id == keys.c.key_id))
+            .order_by(keys.c.key_id, _version.c.number)
+        )
         found: list[Key] = []
-        for row in rows:
+        for _, group in itertools.groupby(c.execute(together).mappings(), key=lambda row: row["key_id"]):
+            rows = list(group)
             try:
-                found.append(_to_key(row, versions[row["key_id"]]))
+                found.append(_to_key(rows))
             except RowDamaged:
                 if not leave_out_damaged:
                     raise
@@ -427,14 +432,17 @@ def _key_values(key: Key) -> dict[str, Any]:
     }
 
 
-def _to_key(row: sa.RowMapping, versions: Sequence[sa.RowMapping]) -> Key:
-    """The key of a row. RowDamaged for one the service cannot have written; its MAC is checked before its first use."""
+def _to_key(rows: Sequence[sa.RowMapping]) -> Key:
+    """The key of its row, joined with each of its versions.
+
+    RowDamaged for rows the service cannot have written; the MACs are checked before their first use.
+    """
     try:
-        if [v["number"] for v in versions] != list(range(1, len(versions) + 1)) or not versions:
+        if [row["v_number"] for row in rows] != list(range(1, len(rows) + 1)):
             raise ValueError("versions are not 1, 2, 3, ...")
-        return _decoded(row, tuple(_to_version(v) for v in versions))
+        return _decoded(rows[0], tuple(_to_version(row) for row in rows))
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise RowDamaged(f"row of key {row['key_id']} was changed outside the service") from None
+        raise RowDamaged(f"row of key {rows[0]['key_id']} was changed outside the service") from None
 
 
 def _decoded(r: sa.RowMapping, versions: tuple[KeyVersion, ...]) -> Key:
@@ -484,14 +492,14 @@ def _version_values(key_id: uuid.UUID, v: KeyVersion) -> dict[str, Any]:
 
 def _to_version(r: sa.RowMapping) -> KeyVersion:
     return KeyVersion(
-        number=r["number"],
-        state=KeyState(r["state"]),
-        created_at=r["created_at"],
-        object_id=uuid.UUID(r["object_id"]),
-        mechanism=r["mechanism"],
-        kek=uuid.UUID(r["kek"]),
-        blob=r["blob"],
-        public=r["public"],
-        mac=r["mac"],
-        uses=r["uses"],
+        number=r["v_number"],
+        state=KeyState(r["v_state"]),
+        created_at=r["v_created_at"],
+        object_id=uuid.UUID(r["v_object_id"]),
+        mechanism=r["v_mechanism"],
+        kek=uuid.UUID(r["v_kek"]),
+        blob=r["v_blob"],
+        public=r["v_public"],
+        mac=r["v_mac"],
+        uses=r["v_uses"],
     )

@@ -57,7 +57,7 @@ def version_row(tenant: str, key_id: uuid.UUID, material: Material, usage: KeyUs
 
 
 def secret_row(
-    tenant: str, generation: int, object_id: uuid.UUID, mechanism: str, kek: uuid.UUID, blob: bytes
+    tenant: str, generation: int, region: str, object_id: uuid.UUID, mechanism: str, kek: uuid.UUID, blob: bytes
 ) -> bytes:
     """A tenant's wrapped audit key."""
-    return _encode(_SECRET_LABEL, tenant, generation, object_id.bytes, mechanism, kek.bytes, blob)
+    return _encode(_SECRET_LABEL, tenant, generation, region, object_id.bytes, mechanism, kek.bytes, blob)

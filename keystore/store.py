@@ -462,14 +462,13 @@ class Keystore:
         raise HsmUnavailable(f"no audit key of tenant {tenant} could be stored")
 
     def _held(self, rows: Sequence[SecretRow]) -> tuple[SecretRow, Hsm] | None:
-        """The newest row whose root KEK is in an HSM of this node."""
-        ours = {hsm.status().root_kek: hsm for hsm in self._hsms.values()}
-        return next(((row, ours[row.kek]) for row in rows if row.kek in ours), None)
+        """The newest row that an HSM of this node made."""
+        return next(((row, self._hsms[row.region]) for row in rows if row.region in self._hsms), None)
 
     def _new_secret(self, tenant: str, generation: int) -> SecretRow:
-        hsm, object_id = next(iter(self._hsms.values())), self._uuid()
+        (region, hsm), object_id = next(iter(self._hsms.items())), self._uuid()
         made = hsm.generate(Material.HMAC_256, object_id)
-        row = SecretRow(tenant, generation, object_id, made.mechanism, made.kek, made.blob, b"")
+        row = SecretRow(tenant, generation, region, object_id, made.mechanism, made.kek, made.blob, b"")
         return dataclasses.replace(row, mac=hsm.row_mac(_secret_binding(row)))
 
     # ---- control plane -------------------------------------------------------------------------------------------
@@ -934,7 +933,7 @@ def _binding(key: Key, version: KeyVersion) -> bytes:
 
 
 def _secret_binding(row: SecretRow) -> bytes:
-    return rowmac.secret_row(row.tenant, row.generation, row.object_id, row.mechanism, row.kek, row.blob)
+    return rowmac.secret_row(row.tenant, row.generation, row.region, row.object_id, row.mechanism, row.kek, row.blob)
 
 
 def _stored_secret(row: SecretRow) -> StoredKey:

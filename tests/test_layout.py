@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from harness import ROOT
 
 PACKAGES = ("service", "keystore", "policy", "audit", "softhsm")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Served
 
+from harness import ROOT, Served
 from service.protocols.native import ROUTES
 
 
@@ -135,8 +135,10 @@ def test_exit_statuses_and_messages(
     node: Served, name: str, arguments: tuple[str, ...], status: int, says: str
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "service.cli.main", "--dev-dir", str(node.directory), "--identity", "health-operator"]
-        + ["key", "create", "--spec", "AES_256", "--tier", "2", "--home", "eu-de-1", "--alias", "cli-status"],
+        [
+            *(sys.executable, "-m", "service.cli.main", "--dev-dir", str(node.directory), "--identity", "health-operator"),
+            *("key", "create", "--spec", "AES_256", "--tier", "2", "--home", "eu-de-1", "--alias", "cli-status"),
+        ],
         capture_output=True, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode in {0, 5}

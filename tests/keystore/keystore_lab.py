@@ -39,6 +39,7 @@ from keystore.catalog import tables
 from keystore.hsm import Material, SignScheme, StoredKey, Wrapped
 
 INSTALLATION = uuid.UUID(int=7)
+ROOT_KEK = uuid.uuid5(INSTALLATION, "skms/root-kek/1")  # as real tokens: one name in every region
 _SIZES = {Material.KDK_512: 64, Material.AES_256: 32, Material.HMAC_256: 32, Material.HMAC_512: 64}
 _CURVES = {Material.EC_P256: ec.SECP256R1(), Material.EC_P384: ec.SECP384R1()}
 
@@ -47,11 +48,8 @@ def _private_numbers(private: Any) -> list[bytes]:
     if isinstance(private, ed25519.Ed25519PrivateKey):
         return [private.private_bytes_raw()]
     numbers = private.private_numbers()
-    found = (
-        [numbers.private_value]
-        if isinstance(private, ec.EllipticCurvePrivateKey)
-        else [numbers.p, numbers.q, numbers.d]
-    )
+    elliptic = isinstance(private, ec.EllipticCurvePrivateKey)
+    found = [numbers.private_value] if elliptic else [numbers.p, numbers.q, numbers.d]
     return [n.to_bytes((n.bit_length() + 7) // 8, "big") for n in found]
 
 
@@ -77,7 +75,7 @@ class TestHsm:
     next_secret: bytes | None = None
 
     def __post_init__(self) -> None:
-        self.root, self.row_key, self.kek = os.urandom(32), os.urandom(32), uuid.uuid4()
+        self.root, self.row_key, self.kek = os.urandom(32), os.urandom(32), ROOT_KEK
         self._lock = threading.Lock()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 from keystore_lab import Lab, fingerprint
@@ -64,9 +66,9 @@ def product_bytes(vector: dict[str, Any]) -> bytes:
     assert hashlib.sha256(aad).hexdigest() == vector["aad_sha256"]
     index = b"" if vector["index"] is None else vector["index"].to_bytes(4, "big")
     if suite == ev.STRICT:
-        sealed = ev.AESGCM(key).encrypt(iv, ev.COMMITMENT + plaintext, hashlib.sha256(aad).digest())
+        sealed = AESGCM(key).encrypt(iv, ev.COMMITMENT + plaintext, hashlib.sha256(aad).digest())
         return Envelope(suite, facts["key_id"], purpose, 7, b"", b"", iv, b"", sealed).to_bytes()
-    prf = make_envelope.hmac.digest
+    prf = hmac.digest
     if suite == ev.SINGLE:
         derived = prf(key, ev.single_input(salt, aad), "sha512")
     else:
@@ -314,7 +316,7 @@ def test_opening_takes_a_context_as_given_even_if_it_could_not_be_sealed_today()
     facts = {"key_id": uuid.UUID(make_envelope.KEY_ID), "version": 7, "suite": 1, "purpose": Purpose.ENCRYPT}
     aad = ev.encode_aad(tenant="acme", region="eu-de-1", context=context, **facts)  # type: ignore[arg-type]
     parsed = Envelope.parse(blob)
-    derived = make_envelope.hmac.digest(key, ev.single_input(parsed.salt, aad), "sha512")
+    derived = hmac.digest(key, ev.single_input(parsed.salt, aad), "sha512")
     assert ev.open_with(derived, parsed, aad) == b"old"
 
 
@@ -336,8 +338,22 @@ def test_the_commitment_is_compared_before_the_tag() -> None:
         ev.open_with(bytes(32) + b"d" * 32, two_keys(bytes(32), b"c" * 32), b"")
 
 
+@pytest.mark.parametrize("prefix", [bytes(31) + b"\1", b"\1" + bytes(31), b"x" * 32])
+def test_a_strict_ciphertext_without_its_32_zero_bytes_is_refused(lab: Lab, prefix: bytes) -> None:
+    key, iv = lab.new(suite=2), b"i" * 12
+    facts: dict[str, Any] = {"tenant": "acme", "region": "eu-de-1", "key_id": key.id, "version": 1, "suite": 2}
+    aad = hashlib.sha256(ev.encode_aad(**facts, purpose=Purpose.ENCRYPT, context={})).digest()
+    for first, right in ((bytes(32), True), (prefix, False)):
+        sealed = AESGCM(lab.hsm.secrets[-1]).encrypt(iv, first + b"hello", aad)
+        blob = Envelope(2, key.id, Purpose.ENCRYPT, 1, b"", b"", iv, b"", sealed).to_bytes()
+        if right:
+            assert lab.store.open(key, Envelope.parse(blob), {}, purpose=Purpose.ENCRYPT) == b"hello"
+        else:
+            assert refusal(lab, key, blob, {}) == "InvalidCiphertext: "
+
+
 def two_keys(key: bytes, commitment: bytes) -> Envelope:
-    sealed = ev.AESGCM(key).encrypt(bytes(12), b"x", b"")
+    sealed = AESGCM(key).encrypt(bytes(12), b"x", b"")
     return Envelope(1, uuid.UUID(int=1), Purpose.ENCRYPT, 1, bytes(32), b"", bytes(12), commitment, sealed)
 
 

@@ -502,6 +502,15 @@ def test_workers_that_race_for_a_tenants_audit_key_agree(lab: Lab) -> None:
     assert len(set(got)) == 1
 
 
+def test_a_node_with_two_hsms_opens_an_audit_key_in_the_one_that_made_it(tmp_path: Path) -> None:
+    with sqlite_lab(tmp_path, regions=("eu-de-1", "eu-fr-1")) as lab:
+        made = lab.store.tenant_secret("acme")
+        for hsm in lab.hsms.values():
+            hsm.cached.clear()
+        assert lab.worker().tenant_secret("acme") == made == (1, made[1])
+        assert sum(h.calls["generate"] for h in lab.hsms.values()) == 1
+
+
 def test_a_node_with_another_hsm_makes_its_own_generation(tmp_path: Path) -> None:
     with sqlite_lab(tmp_path, regions=("eu-de-1", "eu-fr-1")) as lab:
         german = lab.worker(hsms={"eu-de-1": lab.hsms["eu-de-1"]})

@@ -63,6 +63,7 @@ def upgrade() -> None:
         "keystore_tenant_secret",
         sa.Column("tenant", sa.String(length=64), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
+        sa.Column("region", sa.String(length=64), nullable=False),
         sa.Column("object_id", sa.String(length=36), nullable=False),
         sa.Column("mechanism", sa.String(length=64), nullable=False),
         sa.Column("kek", sa.String(length=36), nullable=False),
