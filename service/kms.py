@@ -51,7 +51,7 @@ from service.outcome import (
     TierNotMet,
     outcome_of,
 )
-from service.rows import ApiToken, ApiTokens, NewToken
+from service.rows import ApiToken, ApiTokens, NewToken, Settings
 from service.work import (
     Checked,
     Ciphertext,
@@ -90,6 +90,7 @@ _DIRECTION: Final[Mapping[str, Direction]] = {
     "rewrap": "process",
     "reEncrypt": "process",
 }
+POLICY_SETTING: Final = "policy-digest"
 NO_USE: Final = Use()
 _RELEASES: Final = frozenset({"decrypt", "unwrap", "reEncrypt"})
 
@@ -217,7 +218,7 @@ class Kms:
         region: str,
         keystore: Keystore,
         policy_now: Policy,
-        load_policy: Callable[[Policy], Policy],
+        load_policy: Callable[[Policy | None], Policy],  # the argument is the policy it must succeed
         log: Log,
         tokens: ApiTokens,
         hsms: Hsms,
@@ -228,6 +229,7 @@ class Kms:
         self.policy = policy_now
         self._load_policy, self._hsms, self._clock = load_policy, hsms, clock
         self.draining = False
+        self._not_found: str | None = None
         self._secrets: dict[str, tuple[int, bytes]] = {}
 
     # ---- data plane -------------------------------------------------------------------------------------------
@@ -635,11 +637,29 @@ class Kms:
             def applied() -> None:
                 self.policy = new
 
-            return Plan(key=None, write=lambda _: None, applied=applied)
+            return Plan(key=None, write=lambda c: Settings.put(c, POLICY_SETTING, new.digest), applied=applied)
 
         await self._control(ask, "reload_policy", {}, decide, plan)
         await self.note("bundle_active")
         return self.policy
+
+    async def follow_policy(self, digest: str | None) -> bool:
+        """Take over the bundle that another worker put in force; whether there was one to take.
+
+        A directory that does not hold it (yet) changes nothing: the next poll looks again.
+        """
+        if digest is None or digest in {self.policy.digest, self._not_found}:
+            return False
+        try:
+            new = self._load_policy(None)  # that its version rises was decided by the worker that loaded it first
+        except policy.BundleRefused:
+            new = self.policy
+        if new.digest != digest:
+            self._not_found = digest  # said once; a reload or a restart brings this worker back in step
+            return False
+        self.policy = new
+        await self.note("bundle_active")
+        return True
 
     async def note(self, op: str) -> None:
         """Record an event of the node itself: start, stop, a new bundle."""

@@ -50,14 +50,6 @@ class Draining(Exception):
     """The node is shutting down and takes no new work."""
 
 
-class BundleNotLoaded(Exception):
-    """The policy bundle was refused; the old one stays in force."""
-
-    def __init__(self, file: str, line: int, reason: str) -> None:
-        super().__init__(f"{file}:{line}: {reason}")
-        self.file, self.line, self.reason = file, line, reason
-
-
 class Withheld(Exception):
     """The key or a rule changed while the operation ran: the result was wiped and is not released."""
 
@@ -95,7 +87,7 @@ OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
     keystore.UnsupportedByHsm: (FAILED, "algorithm_not_supported_by_hsm"),
     PageTokenInvalid: (FAILED, "page_token_invalid"),
     TierNotMet: (DENIED, "tier_not_met"),
-    BundleNotLoaded: (FAILED, "validation_failed"),
+    policy.BundleRefused: (FAILED, "validation_failed"),
     policy.UnknownPlace: (FAILED, "validation_failed"),
     keystore.HsmTimeout: (ERROR, "hsm_timeout"),
     keystore.HsmUnavailable: (ERROR, "hsm_unavailable"),

@@ -53,6 +53,13 @@ _lease: Final = sa.Table(
     sa.Column("until", sa.BigInteger, nullable=False),
 )
 
+_setting: Final = sa.Table(
+    "service_setting",
+    tables,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+
 BASE62: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
 NEVER_FOR_TOKENS: Final = frozenset(
     {"destroy", "completeDeletion", "scheduleDeletion", "setPolicy", "reloadPolicy", "export", "escrow", "replicate"}
@@ -300,6 +307,25 @@ def _claim(*parts: str) -> bytes:
     for part in parts:
         digest.update(len(part.encode()).to_bytes(4, "big") + part.encode())
     return digest.digest()
+
+
+class Settings:
+    """What all workers of an installation shall agree on, by name."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def get(self, name: str) -> str | None:
+        """The value, if one was ever put."""
+        with self._engine.execution_options(reading=True).connect() as connection:
+            found = connection.execute(sa.select(_setting.c.value).where(_setting.c.name == name)).scalar()
+        return None if found is None else str(found)
+
+    @staticmethod
+    def put(connection: Connection, name: str, value: str) -> None:
+        """Set a value, in the transaction of the caller."""
+        if connection.execute(sa.update(_setting).where(_setting.c.name == name).values(value=value)).rowcount == 0:
+            connection.execute(sa.insert(_setting), [{"name": name, "value": value}])
 
 
 class Lease:

@@ -48,7 +48,7 @@ class TlsClientCertProtocol(HttpToolsProtocol):
             return
         self._tls = self._extension(tls)
         self._deadline = self.loop.call_later(HEAD_DEADLINE_S, transport.abort)
-        self._age = self.loop.call_later(MAX_AGE_S, self.shutdown)
+        self._age = self.loop.call_later(MAX_AGE_S, self._grow_old)
 
     def _extension(self, tls: ssl.SSLObject) -> dict[str, Any]:
         der = tls.getpeercert(binary_form=True)
@@ -65,6 +65,11 @@ class TlsClientCertProtocol(HttpToolsProtocol):
         for timer in filter(None, (self._deadline, self._age)):
             timer.cancel()
         super().connection_lost(exc)
+
+    def _grow_old(self) -> None:
+        """Certificates and revocations are looked at anew: the client connects again. A drip does not outlive this."""
+        self.shutdown()
+        self._age = self.loop.call_later(DRAIN_S, self.transport.abort)
 
     def shutdown(self) -> None:
         """End the connection after the answer that is under way; a peer that does not say goodbye is not waited for."""

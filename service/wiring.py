@@ -28,10 +28,10 @@ from service.identity.api_token import ApiTokenProvider
 from service.identity.mtls import MtlsProvider
 from service.identity.oidc import OidcProvider
 from service.jobs import Scheduler
-from service.kms import Kms
+from service.kms import POLICY_SETTING, Kms
 from service.protocols.native import Limits, Native
 from service.requests import Observer
-from service.rows import ApiTokens, Idempotency, Lease
+from service.rows import ApiTokens, Idempotency, Lease, Settings
 
 POLL_S: Final = 0.2  # other workers' changes are seen within this time (policy.md 11, hardening S-01)
 _PEPPER: Final = b"skms/api-token-pepper/v1"
@@ -181,7 +181,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         )
         owner = f"{config.node.name}/{uuid.uuid4()}"
         scheduler = Scheduler(kms, Lease(engine, clock=clock), owner=owner, clock=clock)
-        for job in (scheduler.run(), health.watch(), poll(kms)):
+        for job in (scheduler.run(), health.watch(), poll(kms, Settings(engine))):
             task = asyncio.create_task(job)
             stack.callback(task.cancel)
         yield Node(create_app({"": native}), kms, health, scheduler)
@@ -189,13 +189,14 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         await kms.note("stop")
 
 
-async def poll(kms: Kms) -> None:
-    """Pick up what other workers changed, for ever; a store that cannot be read leaves the caches as they are empty."""
+async def poll(kms: Kms, settings: Settings) -> None:
+    """Pick up what other workers changed, five times a second, for ever."""
     while True:
         await asyncio.sleep(POLL_S)
         with contextlib.suppress(Exception):  # the next round tries again; readiness tells about the database
             kms.keystore.poll()
             kms.tokens.poll()
+            await kms.follow_policy(settings.get(POLICY_SETTING))
 
 
 def version() -> str:

@@ -16,7 +16,6 @@ from service.identity import Unidentified
 from service.outcome import (
     DENIED,
     FAILED,
-    BundleNotLoaded,
     RequestInvalid,
     TierNotMet,
     Withheld,
@@ -197,7 +196,7 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
             extra = {"limit": error.limit}
         case keystore.InputRefused():
             extra = {"errors": [{"pointer": error.pointer, "code": error.code, "detail": error.detail}]}
-        case BundleNotLoaded():
+        case policy.BundleRefused():
             extra = {
                 "errors": [{"pointer": "", "code": "bundle_refused", "detail": error.reason}],
                 "file": error.file,

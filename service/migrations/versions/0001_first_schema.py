@@ -162,6 +162,12 @@ def upgrade() -> None:
         sa.Column("until", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
+    op.create_table(
+        "service_setting",
+        sa.Column("name", sa.String(length=64), nullable=False),
+        sa.Column("value", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("name"),
+    )
     if op.get_bind().dialect.name == "sqlite":
         # Against accidents, not against the owner of the database: that is what chain and seals are for.
         for name in ("batch", "snapshot"):
@@ -173,6 +179,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_table("service_setting")
     op.drop_table("service_lease")
     op.drop_table("service_idempotency")
     op.drop_table("service_api_token")

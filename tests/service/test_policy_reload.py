@@ -1,0 +1,87 @@
+"""Reloading the policy of a running node: refused bundles change nothing, every worker follows, the log tells."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import Lab, new_key
+
+B64 = base64.b64encode(b"hello").decode()
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def bundle(lab: Lab, tmp_path: Path) -> Iterator[Path]:
+    """The node's bundle directory, put back afterwards; versions go on rising."""
+    directory = lab.files.config.policy.bundle
+    kept = tmp_path / "kept"
+    shutil.copytree(directory, kept)
+    yield directory
+    version = lab.node.kms.policy.version
+    shutil.rmtree(directory)
+    shutil.copytree(kept, directory)
+    rise(directory, version + 1)
+
+
+def rise(directory: Path, version: int) -> None:
+    path = directory / "charter.yaml"
+    lines = [
+        f'"version": {version}' if line.startswith('"version"') else line for line in path.read_text().splitlines()
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+async def test_a_refused_bundle_names_file_and_reason_and_changes_nothing(lab: Lab, bundle: Path) -> None:
+    before = lab.node.kms.policy
+    rise(bundle, before.version + 1)
+    rules = bundle / "tenants/health/00-roles.cedar"
+    rules.write_text(rules.read_text() + '@id("x") @layer("tenant") permit (principal, action, resource);')
+    answer = await lab.client("platform").post("/v1/policy/reload")
+    assert (answer.status_code, answer.json()["code"]) == (422, "validation_failed")
+    assert answer.json()["file"] == "tenants/health/00-roles.cedar"
+    assert "pinned" in answer.json()["errors"][0]["detail"]
+    assert lab.node.kms.policy is before
+    key = await new_key(lab, "AES_256")
+    assert (
+        await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
+    ).status_code == 200
+
+
+async def test_a_new_bundle_decides_at_once_here_and_soon_on_other_workers(
+    lab: Lab, elsewhere: Lab, bundle: Path
+) -> None:
+    key = await new_key(lab, "AES_256")
+    workload = lab.client("health-eu-de-1")
+    rise(bundle, lab.node.kms.policy.version + 1)
+    rules = bundle / "tenants/health/00-roles.cedar"
+    rules.write_text(
+        rules.read_text()
+        + '\n@id("health.stop") @layer("tenant") @code("HEALTH-STOP") @disclose("code")\n'
+        + 'forbid (principal, action == Action::"encrypt", resource in Tenant::"health");\n'
+    )
+    assert (await lab.client("health-operator").post("/v1/policy/reload")).status_code == 403
+    answer = await lab.client("platform").post("/v1/policy/reload")
+    assert answer.status_code == 200, answer.text
+    denied = await workload.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
+    assert (denied.status_code, denied.json()["rule"]) == (403, "HEALTH-STOP")
+    assert denied.json()["policy"] == answer.json()["digest"][:12]
+    for _ in range(50):
+        if elsewhere.node.kms.policy.digest == answer.json()["digest"]:
+            break
+        await asyncio.sleep(0.05)
+    assert elsewhere.node.kms.policy.digest == answer.json()["digest"]
+
+
+async def test_the_old_bundle_comes_back_under_a_new_version(lab: Lab, bundle: Path) -> None:
+    rise(bundle, lab.node.kms.policy.version + 1)
+    assert (await lab.client("platform").post("/v1/policy/reload")).status_code == 200
+    key = await new_key(lab, "AES_256")
+    assert (
+        await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
+    ).status_code == 200
