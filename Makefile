@@ -24,6 +24,7 @@ lint: setup
 	.venv/bin/lint-imports
 
 bench: setup
+	$(PY) bench/parts.py
 	$(PY) bench/encrypt.py
 
 openapi: setup ## write the API document from the route table

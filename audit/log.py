@@ -888,13 +888,21 @@ def _verify_shard(connection: Connection, row: Any, trust: Trust, report: Report
     if log != f"{trust.origin}/{row['node']}-{row['slot']}":
         report.add("E_ORIGIN", str(log), "log_id, node and slot of the shard row disagree, or the origin is another")
         return
-    wanted = {
-        s["at_seq"] - 1: s
+    snapshots = {
+        s["at_seq"]: s
         for s in connection.execute(sa.select(_snapshot).where(_snapshot.c.shard == row["shard"])).mappings()
     }
-    verifier = check_chain(log, _snapshotted(connection, row, wanted, report, trust), trust, report)
+
+    def compare(chain: Chain) -> None:
+        snapshot = snapshots.pop(chain.n, None)
+        if snapshot is not None:
+            _verify_snapshot(snapshot, chain, log, report, trust)
+
+    verifier = check_chain(log, _batches(connection, row["shard"], log), trust, report, after=compare)
     if verifier is None:
         return
+    for at in snapshots:
+        report.add("E_DERIVED", f"{log}/{at}", "a snapshot stands where no batch ends")
     where = f"{log}/{verifier.chain.n}"
     head = bytes.fromhex(verifier.chain.previous) if verifier.chain.n else b""
     if row["next_seq"] > verifier.chain.n:
@@ -908,30 +916,12 @@ def _verify_shard(connection: Connection, row: Any, trust: Trust, report: Report
         report.add("E_DERIVED", where, "the table of open intents differs from the entries")
 
 
-def _snapshotted(
-    connection: Connection, row: Any, wanted: dict[int, Any], report: Report, trust: Trust
-) -> Iterator[Batch]:
-    """The batches of a chain, each snapshot checked against the state that the entries before it give."""
-    log = row["log_id"]
-    shadow = Chain(log)
-    left = dict(wanted)
-    for batch in _batches(connection, row["shard"], log):
-        yield batch  # checked by the caller before we go on
-        for entry in unpack(batch.entries):
-            shadow.check(entry)
-        snapshot = left.pop(shadow.n - 1, None)
-        if snapshot is not None:
-            _verify_snapshot(snapshot, shadow, log, report, trust)
-    for at in left:
-        report.add("E_DERIVED", f"{log}/{at + 1}", "a snapshot stands where no batch ends")
-
-
-def _verify_snapshot(snapshot: Any, shadow: Chain, log: str, report: Report, trust: Trust) -> None:
+def _verify_snapshot(snapshot: Any, chain: Chain, log: str, report: Report, trust: Trust) -> None:
     where = f"{log}/{snapshot['at_seq']}"
     restored = restore(snapshot["blob"], snapshot["seal"], snapshot["epoch"], log, trust.keys[0])
     if restored is None:
         report.add("E_SEAL", where, "snapshot not sealed by a certified writer")
-    elif snapshot_of(restored.chain) != snapshot_of(shadow):
+    elif snapshot_of(restored.chain) != snapshot_of(chain):
         report.add("E_DERIVED", where, "snapshot differs from the entries")
 
 

@@ -12,7 +12,7 @@ import base64
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -197,14 +197,19 @@ def check_chain(
     level: str = "full",
     wanted: Mapping[int, str] | None = None,
     known: Mapping[str, Any] | None = None,
+    after: Callable[[Chain], None] = lambda _: None,
 ) -> Verifier | None:
-    """Check one chain and note the first thing that is wrong with it; the verifier's state if nothing is."""
+    """Check one chain and note the first thing that is wrong with it; the verifier's state if nothing is.
+
+    `after` sees the chain's state after each commit group.
+    """
     verifier = Verifier(log, trust.keys[0])
     anchor = None if known is None else int(known["n"])
     verifier.wanted = frozenset(wanted or ()) | ({anchor - 1} if anchor else frozenset())
     try:
         for group in groups:
             verifier.batch(group, full=level == "full")
+            after(verifier.chain)
     except Bad as bad:
         report.add(bad.code, bad.where, bad.why)
         report.logs[log] = verifier.chain.n

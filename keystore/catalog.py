@@ -150,6 +150,12 @@ class Catalog:
 
     # ---- reading ---------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Make the counter row if there is none, so that the first two changes ever do not both try to."""
+        with contextlib.suppress(IntegrityError), self._engine.begin() as c:
+            if c.execute(sa.select(_epoch.c.epoch)).scalar() is None:
+                c.execute(sa.insert(_epoch), [{"one": 1, "epoch": 0}])
+
     def epoch(self) -> int:
         """The number of changes so far."""
         with self._engine.connect() as c:
@@ -368,8 +374,7 @@ class Catalog:
 
     def _bump(self, c: Connection) -> int:
         """Count a change: the first statement of every one. Its row lock makes epochs rise in the order of commits."""
-        if c.execute(sa.update(_epoch).values(epoch=_epoch.c.epoch + 1)).rowcount == 0:
-            c.execute(sa.insert(_epoch), [{"one": 1, "epoch": 1}])
+        c.execute(sa.update(_epoch).values(epoch=_epoch.c.epoch + 1))
         return int(c.execute(sa.select(_epoch.c.epoch)).scalar_one())
 
     def _keys(self, c: Connection, chosen: sa.Select[Any], *, leave_out_damaged: bool = False) -> list[Key]:

@@ -227,6 +227,7 @@ class Keystore:
         self._aliases: dict[tuple[str, str], uuid.UUID] = {}
         self._genuine: dict[uuid.UUID, _Genuine] = {}
         self._generation = 0  # rises when cached rows may have become old; what was read before is not cached after
+        catalog.prepare()
         self._epoch = catalog.epoch()
         self._leases: dict[uuid.UUID, _Lease] = {}
         self._secrets: dict[str, tuple[int, bytes]] = {}
@@ -415,7 +416,10 @@ class Keystore:
         return self._hsm(key.home).hmac(stored, name, message), number
 
     def verify_mac(self, key: Key, message: bytes, value: bytes, algorithm: str, *, version: int | None = None) -> bool:
-        """Whether an HMAC is right: computed again and compared in constant time, never by C_Verify (hsm.md 1.4)."""
+        """Whether an HMAC is right: computed again and compared in constant time.
+
+        Never by C_Verify: one vendor answers a wrong HMAC as if the device had failed.
+        """
         number = key.latest.number if version is None else version
         name = self._mac_name(key, algorithm, message)
         self._usable(key, number, "process")
@@ -707,7 +711,7 @@ class Keystore:
         digest = hashlib.sha256(self._aad(key, number, ev.STRICT, purpose, context)).digest()
         iv, sealed = self._hsm(key.home).gcm_seal(stored, digest, ev.COMMITMENT + plaintext)
         if len(iv) != 12 or not any(iv):
-            # A token that was to write the IV and did not: every message would have the same nonce (hsm.md 1.6).
+            # A token that was to write the IV and did not: every message would have the same nonce.
             raise HsmFault("CKR_OK with an unusable IV")
         made = Envelope(ev.STRICT, key.id, purpose, number, b"", b"", iv, b"", sealed)
         return Sealed(made.to_bytes(), number, ev.STRICT)
@@ -837,7 +841,7 @@ class Batch:
     """Seals and opens many envelopes with one derivation for each key, version and salt.
 
     The secrets live until the block ends and are overwritten then; the server draws the salt, and no two requests
-    share one (crypto.md 2). An item's index is its place among what this batch sealed.
+    share one (docs/envelope.md). An item's index is its place among what this batch sealed.
     """
 
     def __init__(self, store: Keystore) -> None:

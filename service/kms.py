@@ -366,6 +366,8 @@ class Kms:
             self._permit(entry, "reEncrypt", source, version=envelope.version, target=target.residency | target.reach)
         self._go(entry)
         purpose = envelope.purpose
+        if purpose not in {Purpose.ENCRYPT, Purpose.DATAKEY}:
+            raise InvalidCiphertext  # what else an envelope may hold is opened by its own operation only
         data = await self._inside(source, lambda: sealer.open(source, envelope, work.context, purpose=purpose))
         context = work.context if work.to_context is None else work.to_context
         made = await self._sealed(entry, sealer, target, data, context, purpose, None)

@@ -188,16 +188,16 @@ def key_create(
     tier: Annotated[int, typer.Option(help="1 must-control, 2 allied, 3 market", min=1, max=3)],
     home: Annotated[str, typer.Option(help="region of its HSM")],
     alias: Annotated[str, typer.Option()] = "",
-    residency: Annotated[list[str], typer.Option(help="where material may exist")] = [],  # noqa: B006
-    execution: Annotated[list[str], typer.Option(help="where it may be used")] = [],  # noqa: B006
-    reach: Annotated[list[str], typer.Option(help="where callers may be")] = [],  # noqa: B006
-    egress: Annotated[list[str], typer.Option(help="where plaintext may go")] = [],  # noqa: B006
-    purpose: Annotated[list[str], typer.Option()] = [],  # noqa: B006
+    residency: Annotated[list[str], typer.Option(help="where material may exist")] = [],
+    execution: Annotated[list[str], typer.Option(help="where it may be used")] = [],
+    reach: Annotated[list[str], typer.Option(help="where callers may be")] = [],
+    egress: Annotated[list[str], typer.Option(help="where plaintext may go")] = [],
+    purpose: Annotated[list[str], typer.Option()] = [],
     suite: Annotated[str, typer.Option(help="0x0001 or 0x0002")] = "",
     rotate_after: Annotated[str, typer.Option(help="ISO 8601: P90D")] = "",
     rotate_after_uses: Annotated[int, typer.Option()] = 0,
     description: Annotated[str, typer.Option()] = "",
-    tag: Annotated[list[str], typer.Option(help="name=value")] = [],  # noqa: B006
+    tag: Annotated[list[str], typer.Option(help="name=value")] = [],
 ) -> None:
     """Create a key in the HSM of its home region."""
     body: dict[str, Any] = {"spec": spec, "tier": tier, "home": home, "description": description, "tags": pairs(tag)}
@@ -215,7 +215,7 @@ def key_list(
     tier: Annotated[str, typer.Option()] = "",
     usage: Annotated[str, typer.Option()] = "",
     region: Annotated[str, typer.Option()] = "",
-    tag: Annotated[list[str], typer.Option(help="name=value")] = [],  # noqa: B006
+    tag: Annotated[list[str], typer.Option(help="name=value")] = [],
     limit: Annotated[int, typer.Option(min=1)] = 100,
 ) -> None:
     """List the tenant's keys."""
@@ -336,7 +336,7 @@ def alias_list(limit: Annotated[int, typer.Option(min=1)] = 100) -> None:
 
 
 @app.command()
-def encrypt(key: Key, source: Input = "-", context: Context = []) -> None:  # noqa: B006
+def encrypt(key: Key, source: Input = "-", context: Context = []) -> None:
     """Encrypt up to 64 KiB; prints the ciphertext."""
     body = {"plaintext": b64(read_input(source)), "context": pairs(context)}
     answer = options.client().post(f"/v1/keys/{key}/encrypt", body)
@@ -344,7 +344,7 @@ def encrypt(key: Key, source: Input = "-", context: Context = []) -> None:  # no
 
 
 @app.command()
-def decrypt(source: Input = "-", target: Output = "-", context: Context = []) -> None:  # noqa: B006
+def decrypt(source: Input = "-", target: Output = "-", context: Context = []) -> None:
     """Open a ciphertext."""
     text = read_input(source).decode("ascii", "replace").strip()
     answer = options.client().post("/v1/decrypt", {"ciphertext": text, "context": pairs(context)})
@@ -357,7 +357,7 @@ def decrypt(source: Input = "-", target: Output = "-", context: Context = []) ->
 @app.command()
 def rewrap(
     source: Input = "-",
-    context: Context = [],  # noqa: B006
+    context: Context = [],
     to_key: Annotated[str, typer.Option()] = "",
     to_context: Annotated[list[str] | None, typer.Option(help="name=value")] = None,
 ) -> None:
@@ -373,7 +373,7 @@ def rewrap(
 @app.command("data-key")
 def data_key(
     key: Key,
-    context: Context = [],  # noqa: B006
+    context: Context = [],
     length: Annotated[int, typer.Option("--bytes", min=16, max=64)] = 32,
     plaintext_out: Annotated[str, typer.Option(help="file for the key in clear; without it, wrapped only")] = "",
 ) -> None:
@@ -386,7 +386,7 @@ def data_key(
 
 
 @app.command()
-def unwrap(target: Output, source: Input = "-", context: Context = []) -> None:  # noqa: B006
+def unwrap(target: Output, source: Input = "-", context: Context = []) -> None:
     """Open a wrapped data key into a file."""
     text = read_input(source).decode("ascii", "replace").strip()
     answer = options.client().post("/v1/data-keys/unwrap", {"wrapped_key": text, "context": pairs(context)})
@@ -496,7 +496,7 @@ def file_encrypt(
     source: Path,
     target: Path,
     key: Annotated[str, typer.Option("--key", "-k", help="UUID or alias/NAME")],
-    context: Context = [],  # noqa: B006
+    context: Context = [],
     force: Annotated[bool, typer.Option("--force")] = False,
 ) -> None:
     """Protect a file of any size under a data key of KEY."""
@@ -518,7 +518,7 @@ def file_encrypt(
 def file_decrypt(
     source: Path,
     target: Path,
-    context: Context = [],  # noqa: B006
+    context: Context = [],
     force: Annotated[bool, typer.Option("--force")] = False,
 ) -> None:
     """Restore a protected file; exit status 8, and no file, if anything of it was changed."""
@@ -787,7 +787,7 @@ DevDir = Annotated[Path, typer.Option("--dir", help="directory of the node")]
 @dev_app.command("up")
 def dev_up(
     directory: DevDir,
-    region: Annotated[list[str], typer.Option(help="region with an HSM; repeat for more")] = ["eu-de-1"],  # noqa: B006
+    region: Annotated[list[str], typer.Option(help="region with an HSM; repeat for more")] = ["eu-de-1"],
     port: Annotated[int, typer.Option(help="0: a free one")] = 8443,
     workers: Annotated[int, typer.Option(min=1, max=64)] = 1,
     database: Annotated[str, typer.Option(help="URL; default: SQLite in the directory")] = "",

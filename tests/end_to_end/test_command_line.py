@@ -107,9 +107,8 @@ def test_a_key_from_creation_to_deletion(node: Served, tmp_path: Path) -> None:
     )
     assert skms(node, "health-operator", "key", "cancel-deletion", key)["state"] == "disabled"
     assert any(k["id"] == key for k in skms(node, "health-operator", "key", "list"))
-    assert skms(
-        node, "health-operator", "--dry-run", "key", "rotate", key, status=2
-    )  # options stand before the command
+    assert skms(node, "health-operator", "--dry-run", "key", "enable", key)["would"] == "allow"
+    assert skms(node, "health-operator", "key", "show", key)["state"] == "disabled"
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,8 @@ def aad_of(suite: int, purpose: str, context: dict[str, str], where: dict[str, A
 
 def header(suite: int, purpose: str, where: dict[str, Any]) -> bytes:
     key_id = bytes.fromhex(where["key_id"].replace("-", ""))
-    return (
-        b"SK\x01" + suite.to_bytes(2, "big") + key_id + bytes([PURPOSES[purpose]]) + where["version"].to_bytes(3, "big")
-    )
+    version: int = where["version"]
+    return b"SK\x01" + suite.to_bytes(2, "big") + key_id + bytes([PURPOSES[purpose]]) + version.to_bytes(3, "big")
 
 
 def prf(key: bytes, label: str, data: bytes) -> bytes:
