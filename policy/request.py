@@ -22,7 +22,7 @@ class Caller:
     tenant: str | None  # None only for the installation's own roles (platform, internal jobs)
     roles: frozenset[str]  # e.g. {"operator"}; workloads may have roles of their own
     places: frozenset[str]  # possible leaf places; empty = unknown
-    proof: int  # 0..5, policy.md section 4
+    proof: int  # 0..5, see `policy.places.whereabouts`
     authn: str  # mtls, oidc, token, internal, none
     source: str = ""  # peer IP address
     scopes: frozenset[str] | None = None  # an API token's operations; None = not limited by the credential
@@ -96,7 +96,7 @@ class Decision:
     """What was decided and by which rules; `rules` are the deciding ones, at most eight."""
 
     allowed: bool
-    code: str  # "" when allowed, else the stable code of api.md section 4 (e.g. "region_not_allowed")
+    code: str  # "" when allowed, else the stable code of the API (e.g. "region_not_allowed")
     rules: tuple[str, ...]  # @id of the deciding policies; empty = default deny
     rule_code: str  # the disclosed @code (e.g. "SOV-CALLER-PLACE"), "DENIED" if not disclosed, "" when allowed
     digest: str  # hex SHA-256 of the bundle

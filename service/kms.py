@@ -77,7 +77,7 @@ T = TypeVar("T")
 W = TypeVar("W", bound=Work)
 Direction = Literal["protect", "process"]
 
-# What an action does with key material: K12 and the keystore's own check (policy.md 7).
+# What an action does with key material: K12 and the keystore's own check.
 _DIRECTION: Final[Mapping[str, Direction]] = {
     "encrypt": "protect",
     "generateDataKey": "protect",
@@ -361,7 +361,7 @@ class Kms:
             self._permit(entry, "rewrap", source, version=envelope.version)
             check_use(target, target.latest.number, "protect")
         else:
-            # Whoever may use the other key can read this: two keys, two decisions, both must allow (policy.md 3).
+            # Whoever may use the other key can read this: two keys, two decisions, both must allow.
             self._permit(entry, "encrypt", target)
             self._permit(entry, "reEncrypt", source, version=envelope.version, target=target.residency | target.reach)
         self._go(entry)
@@ -853,7 +853,7 @@ class Kms:
         return tenant.default_reason if tenant is not None else "unspecified"
 
     def _destination(self, entry: _Entry) -> frozenset[str]:
-        # What the request declares can only widen where the plaintext may go, never narrow it (policy.md 4).
+        # What the request declares can only widen where the plaintext may go, never narrow it.
         return entry.ask.caller.places | self.places("/destination", entry.use.destination)
 
     async def _inside(self, key: Key, call: Callable[[], T]) -> T:

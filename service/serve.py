@@ -23,7 +23,7 @@ async def _run(config: Config, sockets: list[socket.socket] | None) -> None:
         listen = config.listen
         context = tls_context(str(listen.certificate), str(listen.private_key), str(listen.client_ca))
         server = server_of(node.app, host=listen.host, port=listen.port, context=context)
-        # What lives now lives until the end: the collector need not look at it again (performance.md 5).
+        # What lives now lives until the end: the collector need not look at it again.
         gc.collect()
         gc.freeze()
         if node.kms.policy.development:

@@ -33,7 +33,7 @@ from service.protocols.native import Limits, Native
 from service.requests import Observer
 from service.rows import ApiTokens, Idempotency, Lease, Settings
 
-POLL_S: Final = 0.2  # other workers' changes are seen within this time (policy.md 11, hardening S-01)
+POLL_S: Final = 0.2  # other workers' changes are seen within this time
 _PEPPER: Final = b"skms/api-token-pepper/v1"
 
 
@@ -53,7 +53,7 @@ class Node:
 
 
 class Executors:
-    """Which HSM calls leave the event loop: those of a token slower than 200 us a call (performance.md 3)."""
+    """Which HSM calls leave the event loop: those of a token slower than 200 us a call."""
 
     def __init__(self, hsms: Mapping[str, Hsm]) -> None:
         self._pools: dict[str, ThreadPoolExecutor | None] = {
@@ -125,7 +125,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
             hsms[token.region] = hsm = open_token(token)
             stack.callback(hsm.close)
         local = hsms[config.node.region]
-        # Salts and IVs come from the kernel: 0.6 us a call, and the token's own generator guards its keys (crypto.md 10).
+        # Salts and IVs come from the kernel: 0.6 us a call, and the token's own generator guards its keys.
         keystore = Keystore(Catalog(engine), hsms, installation=config.node.installation, clock=clock)
         log = audit.log.Log(
             engine,

@@ -72,7 +72,7 @@ class CkError(Exception):
 
 
 class Fault(enum.Enum):
-    """What an error means for the session, the login and the module (hsm.md 1.5)."""
+    """What an error means for the session, the login and the module."""
 
     CALLER = "caller"
     AMBIGUOUS = "ambiguous"  # bad input and a sick token answer alike: ask the token

@@ -223,7 +223,7 @@ def root_kek(object_id: uuid.UUID, label: str) -> dict[int, Any]:
 
 
 def row_mac_key(object_id: uuid.UUID, label: str) -> dict[int, Any]:
-    """Template of the row-MAC key: HMAC only. MACs are compared outside, never by C_Verify (hsm.md 1.4)."""
+    """Template of the row-MAC key: HMAC only. MACs are compared outside, never by C_Verify."""
     return {
         A.CLASS: CKO.SECRET_KEY,
         A.KEY_TYPE: CKK.GENERIC_SECRET,

@@ -1,4 +1,4 @@
-"""What a token must do, shown by behaviour before it may serve (hsm.md 1.7). A token that fails is refused.
+"""What a token must do, shown by behaviour before it may serve. A token that fails is refused.
 
 Each rule is one function; its name is the rule's name in messages and in a profile's waivers.
 """

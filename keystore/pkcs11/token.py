@@ -51,7 +51,7 @@ from keystore.pkcs11.mechanisms import (
 from keystore.pkcs11.sessions import TokenSessions, Unwrap
 from keystore.pkcs11.vendors import VENDORS, Vendor
 
-FAST_US: Final = 200.0  # a call quicker than this costs less inline than a thread hop (performance.md 3)
+FAST_US: Final = 200.0  # a call quicker than this costs less inline than a thread hop
 ROOT, ROW_MAC, AUDIT = "root-kek", "row-mac", "audit"
 
 

@@ -25,6 +25,6 @@ class Vendor:
 
 
 VENDORS: Final[dict[str, Vendor]] = {
-    # C_Login truncates and rewrites token.object after unlocking it: workers that start together fail (hsm.md 2).
+    # C_Login truncates and rewrites token.object after unlocking it: workers that start together fail.
     "softhsm2": Vendor("softhsm2", kwp=0x210A, serialised_start=True),
 }
