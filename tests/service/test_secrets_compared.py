@@ -11,6 +11,7 @@ WORDS = {"secret", "mac", "macs", "token", "commitment", "pin", "password", "dig
 # Comparisons of things that have such a name and are no secret: where, and why.
 PUBLIC = {
     ("policy/engine.py", "digest"): "the hash of a policy bundle is public",
+    ("service/kms.py", "digest"): "the hash of a policy bundle is public",
     ("service/protocols/native.py", "_token_for"): "a page token is bound, not secret: the tenant is the caller's own",
 }
 
