@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test crash serve lint bench openapi lock clean
+.PHONY: setup demo test crash mutations exit-drill faults soak serve lint bench bench-audit bench-keys bench-policy bench-search bench-verify charter-edits policy-oracle policy-replay openapi go-verifier lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -9,10 +9,23 @@ demo: setup
 	@$(PY) deploy/demo.py $(if $(FILE),--file "$(FILE)")
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile -q
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
-crash: setup ## 1,000 kills under load
+crash: setup ## 1,000 kills under load, then one at each of 200 steps of a writer and of a notary
 	CRASH_KILLS=1000 $(PY) -m pytest -q tests/end_to_end/test_crash.py
+	KILL_STEPS=200 $(PY) -m pytest -q tests/audit/test_kills.py
+
+mutations: setup ## 10,000 random changes of stored columns on SQLite and on PostgreSQL, each must be found
+	MUTATIONS=10000 MUTATIONS_POSTGRESQL=10000 $(PY) -m pytest -q tests/audit/test_mutations.py
+
+faults: setup ## 200,000 pairs under faults on each vendor, 64 threads for ten minutes
+	FAULT_PAIRS=200000 CROWD_SECONDS=600 $(PY) -m pytest -q -s tests/keystore/faults
+
+soak: setup ## memory, descriptors and sessions over SECONDS (default eight hours)
+	SOAK_SECONDS=$(or $(SECONDS),28800) $(PY) -m pytest -q -s tests/end_to_end/test_long_life.py
+
+exit-drill: setup ## from one HSM vendor to another and back under traffic, 10,000 keys
+	EXIT_DRILL_KEYS=$(or $(KEYS),10000) EXIT_DRILL_REQUESTS=20000 $(PY) -m pytest -q -s tests/end_to_end/test_exit_drill.py
 
 serve: setup ## a development node in .dev, in the foreground
 	$(PY) -m service.cli.main dev up --dir .dev
@@ -27,8 +40,36 @@ bench: setup
 	$(PY) bench/parts.py
 	$(PY) bench/encrypt.py
 
+bench-audit: setup ## durable records a second beside bare inserts, on SQLite and PostgreSQL
+	PYTHONPATH=.:tests $(PY) -m bench.audit_writer
+
+bench-keys: setup ## what 100,000 keys cost
+	PYTHONPATH=.:tests $(PY) bench/keys.py
+
+bench-policy: setup ## decisions at 10 to 10,000 policies beside cedarpy, and a reload
+	$(PY) -m bench.policy
+
+bench-search: setup ## searches of a log of a million records
+	$(PY) -m bench.search $(RECORDS)
+
+charter-edits: setup ## every small edit of the shipped charter: a case or a proof must notice each wrong one
+	CHARTER_EDITS_EVERY=1 $(PY) -m pytest -q -s tests/policy/test_charter_edits.py
+
+bench-verify: setup ## skms-verify at each level, by one process and two, beside SHA-256 alone
+	$(PY) -m bench.verify
+
+policy-oracle: setup ## a million random requests by both policy engines
+	POLICY_ORACLE_REQUESTS=1000000 $(PY) -m pytest -q -s tests/policy/test_differential.py
+
+policy-replay: setup ## 100,000 decisions of a node, made again under their recorded bundles: none may differ
+	POLICY_REPLAY=100000 $(PY) -m pytest -q -s tests/service/test_explain.py -k recorded_period
+
 openapi: setup ## write the API document from the route table
 	$(PY) -m service.protocols.openapi > openapi.yaml
+
+go-verifier: setup ## build/skms-go-verify, over the Go toolchain's own transparency log packages; no network
+	@mkdir -p build
+	@sh audit/independent/go/build.sh build/skms-go-verify
 
 lock: setup ## resolve dependencies anew
 	$(PY) -m pip install --quiet uv

@@ -19,7 +19,7 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from audit import event, log
+from audit import event, log, stored, tables
 from audit.verify import Trust
 from keystore.hsm import Material, StoredKey
 from keystore.pkcs11 import open_token
@@ -58,6 +58,9 @@ class MemorySigner:
         form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         return self._key.public_key().public_bytes(*form)
 
+    def known_keys(self) -> tuple[bytes, ...]:
+        return (self.public_key(),)
+
     def sign(self, statement: bytes) -> bytes:
         return self._key.sign(statement)
 
@@ -66,7 +69,7 @@ async def durable(directory: Path) -> tuple[float, float, int]:
     """(records a second written, a second verified in full, records), 64 in flight."""
     engine, signer = open_engine(f"sqlite:///{directory / 'audit.db'}"), MemorySigner()
     with engine.begin() as connection:
-        log.tables.create_all(connection)
+        tables.tables.create_all(connection)
     writer = log.Log(
         engine,
         origin="bench.example/audit",
@@ -94,7 +97,7 @@ async def durable(directory: Path) -> tuple[float, float, int]:
     written = 64 * 300 / (time.perf_counter() - begun)
     await writer.close()
     begun = time.perf_counter()
-    report = log.verify_database(engine, Trust("bench.example/audit", (signer.public_key(),)))
+    report = stored.verify_database(engine, Trust("bench.example/audit", (signer.public_key(),)))
     took = time.perf_counter() - begun
     if report.findings:
         raise SystemExit(str(report.findings[0]))
@@ -123,7 +126,7 @@ def main() -> int:
         request = Request(caller, "encrypt", facts, 1, "eu-de-1", HOME, purpose="default")
         found = timed(lambda: policy.decide(request), 3_000)
         p50, p99 = statistics.median(found), found[int(len(found) * 0.99)]
-        line("policy decision (cedarpy), p50 / p99", f"{p50:.0f} / {p99:.0f} us", base, p50)
+        line("policy decision, p50 / p99", f"{p50:.1f} / {p99:.1f} us", base, p50)
         written, verified, count = asyncio.run(durable(directory))
         line("durable records, SQLite, 64 in flight", f"{written:,.0f} a second")
         line(f"verified in full, every column ({count:,})", f"{verified:,.0f} a second")

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything a fresh Debian or Ubuntu needs to run and test this: Python, SoftHSM2, a virtual environment with locked
+# Everything a fresh Debian or Ubuntu needs to run and test this: Python, SoftHSM2, NSS, p11-kit, PostgreSQL, a virtual environment with locked
 # dependencies. Idempotent; a second run takes less than a second. Root or passwordless sudo installs Debian packages;
 # without, one line says what to install.
 set -eu
@@ -33,7 +33,20 @@ find_python() {
     done
 }
 
-command -v softhsm2-util >/dev/null || apt_install softhsm2
+# SoftHSM2 serves the development node; NSS and p11-kit are the second and third module that the tests hold to its contract,
+# PostgreSQL the second database.
+missing=""
+command -v softhsm2-util >/dev/null || missing="$missing softhsm2"
+command -v certutil >/dev/null || missing="$missing libnss3-tools" # brings libnss3, the module
+command -v openssl >/dev/null || missing="$missing openssl" # the time-stamping authority of the tests
+command -v p11-kit >/dev/null || missing="$missing p11-kit"
+ls /usr/lib/*/pkcs11/p11-kit-client.so >/dev/null 2>&1 || missing="$missing p11-kit-modules"
+ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="$missing postgresql"
+command -v strace >/dev/null || missing="$missing strace" # the tests let system calls fail, hang and kill
+[ -x /usr/sbin/rsyslogd ] || missing="$missing rsyslog" # a receiver of the audit log, for a test
+ls /usr/lib/*/rsyslog/lmnsd_gtls.so >/dev/null 2>&1 || missing="$missing rsyslog-gnutls"
+# shellcheck disable=SC2086 # a list of packages
+[ -z "$missing" ] || apt_install $missing
 
 stamp=.venv/.locked
 wanted=$(cat requirements-dev.lock pyproject.toml | sha256sum | cut -d' ' -f1)
@@ -49,4 +62,6 @@ rm -rf .venv
 "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-dev.lock
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+# As pip does for an installed wheel, whatever PYTHONDONTWRITEBYTECODE says: a worker starts in half the time.
+.venv/bin/python -m compileall -q service keystore policy audit softhsm
 echo "$wanted $(pwd)" >$stamp

@@ -11,9 +11,15 @@ from keystore.envelope import (
     inspect,
     to_text,
 )
+from keystore.exchange import Exchange, Proof, difference
+from keystore.fleet import Fleet, proof_of
+from keystore.group import Admin, GroupWouldBeEmpty, HsmGroup, MemberStatus, NoSuchHsm
 from keystore.hsm import (
+    DataKeeper,
     Hsm,
+    HsmEmpty,
     HsmFault,
+    HsmLocked,
     HsmStatus,
     HsmTimeout,
     HsmUnavailable,
@@ -22,10 +28,13 @@ from keystore.hsm import (
     SelfTestFailed,
     UnsupportedByHsm,
 )
+from keystore.importing import Import, Imports, Parameters, Wrapping
 from keystore.key import (
+    EXTERNAL,
     AlgorithmMismatch,
     AliasInUse,
     DigestLength,
+    Imported,
     InputRefused,
     Key,
     KeyDestroyed,
@@ -41,22 +50,35 @@ from keystore.key import (
     VersionFenced,
     WrongState,
 )
+from keystore.rewrap import Rewrapping, RewrapRow
 from keystore.store import Batch, Keystore, NewKey, Plan, Sealed, check_use
 
 __all__ = [
+    "EXTERNAL",
+    "Admin",
     "AlgorithmMismatch",
     "AliasInUse",
     "Batch",
     "Catalog",
     "ContextRefused",
+    "DataKeeper",
     "DigestLength",
     "Envelope",
     "EnvelopeInfo",
+    "Exchange",
+    "Fleet",
+    "GroupWouldBeEmpty",
     "Hsm",
+    "HsmEmpty",
     "HsmFault",
+    "HsmGroup",
+    "HsmLocked",
     "HsmStatus",
     "HsmTimeout",
     "HsmUnavailable",
+    "Import",
+    "Imported",
+    "Imports",
     "InputRefused",
     "InvalidCiphertext",
     "Key",
@@ -69,9 +91,15 @@ __all__ = [
     "KeyVersion",
     "Keystore",
     "ListFilter",
+    "MemberStatus",
     "NewKey",
+    "NoSuchHsm",
+    "Parameters",
     "Plan",
+    "Proof",
     "Purpose",
+    "RewrapRow",
+    "Rewrapping",
     "Rotation",
     "RowDamaged",
     "Sealed",
@@ -80,10 +108,13 @@ __all__ = [
     "UnsupportedByHsm",
     "UsageMismatch",
     "VersionFenced",
+    "Wrapping",
     "WrongState",
     "check_use",
     "context_of",
+    "difference",
     "from_text",
     "inspect",
+    "proof_of",
     "to_text",
 ]

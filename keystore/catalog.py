@@ -8,6 +8,8 @@ that other workers notice.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import uuid
@@ -20,10 +22,12 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
-from keystore.hsm import RowDamaged
+from keystore.hsm import HsmUnavailable, Material, RowDamaged
 from keystore.key import (
     API_STATE,
+    EXTERNAL,
     AliasInUse,
+    Imported,
     Key,
     KeyNotFound,
     KeySpec,
@@ -84,7 +88,11 @@ _version: Final = sa.Table(
     sa.Column("public", sa.LargeBinary, nullable=False),
     sa.Column("mac", sa.LargeBinary, nullable=False),
     sa.Column("uses", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("import_path", sa.String(16)),  # of imported material only
+    sa.Column("import_expires_at", sa.BigInteger),
 )
+
+sa.Index("keystore_version_kek", _version.c.kek)
 
 _alias: Final = sa.Table(
     "keystore_alias",
@@ -112,6 +120,76 @@ _secret: Final = sa.Table(
     sa.Column("kek", sa.String(36), nullable=False),
     sa.Column("blob", sa.LargeBinary, nullable=False),
     sa.Column("mac", sa.LargeBinary, nullable=False),
+)
+
+_hsm: Final = sa.Table(
+    "keystore_hsm",
+    tables,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("region", sa.String(64), nullable=False),
+    sa.Column("admin", sa.String(16), nullable=False),  # active, fallback, drained
+    sa.Column("changed_at", sa.BigInteger, nullable=False),
+    sa.Column("mac", sa.LargeBinary, nullable=False),
+)
+
+_audit_key: Final = sa.Table(
+    "keystore_audit_key",
+    tables,
+    sa.Column("fingerprint", sa.String(64), primary_key=True),  # SHA-256 of region and public key
+    sa.Column("region", sa.String(64), nullable=False),
+    sa.Column("hsm", sa.String(64), nullable=False),
+    sa.Column("public", sa.LargeBinary, nullable=False),
+    sa.Column("since", sa.BigInteger, nullable=False),
+    sa.Column("mac", sa.LargeBinary, nullable=False),
+)
+
+_root: Final = sa.Table(
+    "keystore_root",
+    tables,
+    sa.Column("region", sa.String(64), primary_key=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("changed_at", sa.BigInteger, nullable=False),
+    sa.Column("mac", sa.LargeBinary, nullable=False),
+)
+
+# What a destroyed root KEK wrapped is lost: from its retirement on no transaction writes a row under it.
+_retired_root: Final = sa.Table(
+    "keystore_retired_root",
+    tables,
+    sa.Column("kek", sa.String(36), primary_key=True),
+    sa.Column("retired_at", sa.BigInteger, nullable=False),
+)
+
+_import: Final = sa.Table(
+    "keystore_import",
+    tables,
+    sa.Column("import_id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("key_id", sa.String(36), nullable=False),
+    sa.Column("wrapping", sa.String(64), nullable=False),
+    sa.Column("path", sa.String(16), nullable=False),
+    sa.Column("expires_at", sa.BigInteger, nullable=False),
+    sa.Column("object_id", sa.String(36), nullable=False),
+    sa.Column("material", sa.String(32), nullable=False),
+    sa.Column("mechanism", sa.String(64), nullable=False),
+    sa.Column("kek", sa.String(36), nullable=False),
+    sa.Column("blob", sa.LargeBinary, nullable=False),  # the private half, or the key that seals it; empty once spent
+    sa.Column("sealed", sa.LargeBinary, nullable=False),  # the private half of a software key; empty once spent
+    sa.Column("public", sa.LargeBinary, nullable=False),
+    sa.Column("mac", sa.LargeBinary, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("spent_at", sa.BigInteger),
+)
+sa.Index("keystore_import_key", _import.c.key_id)
+sa.Index("keystore_import_expires", _import.c.expires_at)
+
+_material: Final = sa.Table(
+    "keystore_material",
+    tables,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("fingerprint", sa.LargeBinary(32), primary_key=True),  # HSM-keyed: tells nothing about the material
+    sa.Column("key_id", sa.String(36), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
 )
 
 _SETS: Final = ("residency", "execution", "reach", "egress", "failover", "shared_with")
@@ -142,11 +220,65 @@ class SecretRow:
     mac: bytes = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class HsmRow:
+    """What operators want of an HSM, as stored."""
+
+    name: str
+    region: str
+    admin: str
+    changed_at: int
+    mac: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RootRow:
+    """Which version of a region's root KEK is current, as stored. No row: the first."""
+
+    region: str
+    version: int
+    changed_at: int
+    mac: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditKeyRow:
+    """An audit key of an HSM, as stored. It stays when the HSM has left: what it signed must still verify."""
+
+    region: str
+    hsm: str
+    public: bytes
+    since: int
+    mac: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportRow:
+    """What one import token stands for: the key it is for, and the wrapping key, itself wrapped."""
+
+    import_id: uuid.UUID
+    tenant: str
+    key_id: uuid.UUID
+    wrapping: str
+    path: str  # "hsm" or "software": where what the customer wrapped is opened
+    expires_at: int  # microseconds since the epoch, whole seconds
+    object_id: uuid.UUID
+    material: Material
+    mechanism: str
+    kek: uuid.UUID
+    blob: bytes = field(repr=False)
+    sealed: bytes = field(repr=False)
+    public: bytes
+    mac: bytes = field(default=b"", repr=False)
+    spent: bool = False  # not under the MAC, as `attempts` in the table: a spent row holds no key any more
+
+
 class Catalog:
     """Reads on connections of its own; writes only on the connection it is given, inside the caller's transaction."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._reading = engine.execution_options(reading=True)  # on SQLite a read waits for no writer
 
     # ---- reading ---------------------------------------------------------------------------------------------
 
@@ -158,12 +290,12 @@ class Catalog:
 
     def epoch(self) -> int:
         """The number of changes so far."""
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
             return int(c.execute(sa.select(_epoch.c.epoch)).scalar() or 0)
 
     def key(self, key_id: uuid.UUID) -> Key:
         """The key with this id, whoever owns it; KeyNotFound if there is none."""
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
             found = self._keys(c, sa.select(_key).where(_key.c.key_id == str(key_id)))
         if not found:
             raise KeyNotFound("no such key")
@@ -172,7 +304,7 @@ class Catalog:
     def alias(self, tenant: str, alias: str) -> uuid.UUID:
         """The key an alias points to; KeyNotFound if there is none."""
         wanted = sa.select(_alias.c.key_id).where(_alias.c.tenant == tenant, _alias.c.alias == alias)
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
             found = c.execute(wanted).scalar()
         if found is None:
             raise KeyNotFound("no such key")
@@ -194,7 +326,7 @@ class Catalog:
             chosen = chosen.where(_in_state(wanted.state))
         found: list[Key] = []
         size = limit if not wanted.tags else max(limit, _PAGE)
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
             # Tags stand in the row's JSON, so they are filtered here, page by page.
             position = after
             while len(found) < limit:
@@ -211,7 +343,7 @@ class Catalog:
         chosen = sa.select(_alias.c.alias, _alias.c.key_id).where(_alias.c.tenant == tenant)
         if after is not None:
             chosen = chosen.where(_alias.c.alias > after)
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
             rows = c.execute(chosen.order_by(_alias.c.alias).limit(limit)).all()
         return [(name, uuid.UUID(key)) for name, key in rows]
 
@@ -227,6 +359,8 @@ class Catalog:
             sa.select(_key)
             .select_from(_key.join(_version, _version.c.key_id == _key.c.key_id))
             .where(
+                # Most keys rotate by hand: they must not cost a look at their versions.
+                _key.c.max_age.is_not(None) | _key.c.max_uses.is_not(None) | (_key.c.suite == suite),
                 _version.c.number == newest.correlate(_key).scalar_subquery(),
                 _key.c.state == str(KeyState.ACTIVE),
                 _key.c.delete_at.is_(None),
@@ -236,7 +370,7 @@ class Catalog:
                 | ((_key.c.suite == suite) & (_version.c.uses >= uses)),
             )
         )
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
             return self._keys(c, wanted)
 
     def deletions_due(self, now: int, *, homes: Iterable[str]) -> list[Key]:
@@ -244,12 +378,30 @@ class Catalog:
         wanted = sa.select(_key).where(
             _key.c.delete_at <= now, _key.c.state != str(KeyState.DESTROYED), _key.c.home.in_(list(homes))
         )
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
+            return self._keys(c, wanted)
+
+    def expiries_due(self, now: int, *, homes: Iterable[str]) -> list[Key]:
+        """Enabled keys of these regions whose newest version holds imported material that has expired."""
+        each = _version.alias()
+        newest = sa.select(sa.func.max(each.c.number)).where(each.c.key_id == _key.c.key_id)
+        wanted = (
+            sa.select(_key)
+            .select_from(_key.join(_version, _version.c.key_id == _key.c.key_id))
+            .where(
+                _version.c.number == newest.correlate(_key).scalar_subquery(),
+                _version.c.import_expires_at <= now,
+                _key.c.state == str(KeyState.ACTIVE),
+                _key.c.delete_at.is_(None),
+                _key.c.home.in_(list(homes)),
+            )
+        )
+        with self._reading.connect() as c:
             return self._keys(c, wanted)
 
     def changed_since(self, epoch: int) -> list[Key]:
         """Keys that changed after an epoch, whoever owns them. A row that cannot be read is left out."""
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
             wanted = sa.select(_key.c.key_id).where(_key.c.changed > epoch)
             ids = list(c.execute(wanted).scalars())
             found: list[Key] = []
@@ -262,7 +414,7 @@ class Catalog:
     def secrets(self, tenant: str) -> list[SecretRow]:
         """A tenant's audit keys, newest first; RowDamaged for a row that cannot be read."""
         wanted = sa.select(_secret).where(_secret.c.tenant == tenant).order_by(_secret.c.generation.desc())
-        with self._engine.connect() as c:
+        with self._reading.connect() as c:
             rows = c.execute(wanted).mappings().all()
         try:
             return [
@@ -281,17 +433,152 @@ class Catalog:
         except ValueError:
             raise RowDamaged("a tenant's audit key row was changed outside the service") from None
 
+    def hsms(self, c: Connection | None = None) -> list[HsmRow]:
+        """What operators want of each HSM that was ever drained or exchanged; on `c` as its transaction sees it."""
+        wanted = sa.select(_hsm).order_by(_hsm.c.name)
+        with contextlib.nullcontext(c) if c is not None else self._reading.connect() as connection:
+            return [HsmRow(**row) for row in connection.execute(wanted).mappings()]
+
+    def audit_keys(self) -> list[AuditKeyRow]:
+        """Every audit key that was ever remembered, oldest first."""
+        wanted = sa.select(*(c for c in _audit_key.columns if c.name != "fingerprint")).order_by(_audit_key.c.since)
+        with self._reading.connect() as c:
+            return [AuditKeyRow(**row) for row in c.execute(wanted).mappings()]
+
+    def roots(self) -> list[RootRow]:
+        """The current root KEK of each region that ever rotated it."""
+        with self._reading.connect() as c:
+            return [RootRow(**row) for row in c.execute(sa.select(_root)).mappings()]
+
+    def put_root(self, c: Connection, row: RootRow) -> None:
+        """Make a version of a region's root KEK the current one."""
+        self._bump(c)
+        c.execute(sa.delete(_root).where(_root.c.region == row.region))
+        c.execute(sa.insert(_root), [dataclasses.asdict(row)])
+
+    def keys_under(self, kek: uuid.UUID, *, after: uuid.UUID | None, limit: int) -> list[Key]:
+        """Up to `limit` keys with a version that is wrapped under this root KEK, whoever owns them, in the order of ids."""
+        under = sa.select(_version.c.key_id).where(_version.c.kek == str(kek), sa.func.length(_version.c.blob) > 0)
+        chosen = sa.select(_key).where(_key.c.key_id.in_(under))
+        if after is not None:
+            chosen = chosen.where(_key.c.key_id > str(after))
+        with self._reading.connect() as c:
+            return self._keys(c, chosen.order_by(_key.c.key_id).limit(limit))
+
+    def secrets_under(self, kek: uuid.UUID) -> list[SecretRow]:
+        """Tenants' audit keys that are wrapped under this root KEK."""
+        wanted = sa.select(_secret.c.tenant).where(_secret.c.kek == str(kek)).distinct()
+        with self._reading.connect() as c:
+            tenants = list(c.execute(wanted).scalars())
+        return [row for tenant in tenants for row in self.secrets(tenant) if row.kek == kek]
+
+    def put_secret(self, c: Connection, row: SecretRow, *, was: uuid.UUID) -> None:
+        """A tenant's audit key, wrapped anew; StaleKey if it is no longer under the root KEK `was`."""
+        self._writing_under(c, [row.kek])
+        there = (
+            (_secret.c.tenant == row.tenant) & (_secret.c.generation == row.generation) & (_secret.c.kek == str(was))
+        )
+        values = {"mechanism": row.mechanism, "kek": str(row.kek), "blob": row.blob, "mac": row.mac}
+        if c.execute(sa.update(_secret).where(there).values(values)).rowcount != 1:
+            raise StaleKey(f"the audit key of tenant {row.tenant} changed meanwhile")
+
+    def count_under(self, kek: uuid.UUID) -> dict[str, int]:
+        """What is still wrapped under a root KEK: key versions, tenants' audit keys, open import tokens."""
+        with self._reading.connect() as c:
+            return self._count_under(c, kek)
+
+    def _count_under(self, c: Connection, kek: uuid.UUID) -> dict[str, int]:
+        wanted = {
+            "key versions": sa.select(sa.func.count()).where(
+                _version.c.kek == str(kek), sa.func.length(_version.c.blob) > 0
+            ),
+            "tenants' audit keys": sa.select(sa.func.count()).where(_secret.c.kek == str(kek)),
+            "open import tokens": sa.select(sa.func.count()).where(
+                _import.c.kek == str(kek), sa.func.length(_import.c.blob) > 0
+            ),
+        }
+        return {name: int(c.execute(chosen).scalar() or 0) for name, chosen in wanted.items()}
+
+    def retire_root(self, c: Connection, kek: uuid.UUID, *, now: int) -> dict[str, int]:
+        """What is still wrapped under a root KEK, by kind; if nothing is, nothing will be once this commits.
+
+        A worker that has not heard of the newer root KEK, however late, fails in its transaction instead of writing a
+        row that nobody could open. `now` is in microseconds.
+        """
+        self._bump(c)
+        left = {kind: count for kind, count in self._count_under(c, kek).items() if count}
+        known = c.execute(sa.select(_retired_root.c.kek).where(_retired_root.c.kek == str(kek))).first()
+        if not left and known is None:
+            c.execute(sa.insert(_retired_root), [{"kek": str(kek), "retired_at": now}])
+        return left
+
+    def _writing_under(self, c: Connection, keks: Iterable[uuid.UUID]) -> int:
+        """Count a change that writes blobs under these root KEKs; HsmUnavailable if one of them is retired."""
+        epoch = self._bump(c)  # first: its lock orders this after a retirement, or before
+        wanted = sa.select(_retired_root.c.kek).where(_retired_root.c.kek.in_([str(kek) for kek in keks]))
+        if (gone := c.execute(wanted).scalar()) is not None:
+            raise HsmUnavailable(f"root KEK {gone} is retired and this worker has not followed yet: try again")
+        return epoch
+
+    def region_keys(self, region: str, *, after: uuid.UUID | None, limit: int) -> list[Key]:
+        """Up to `limit` keys of a region that are not destroyed, whoever owns them, in the order of ids."""
+        chosen = sa.select(_key).where(_key.c.home == region, _key.c.state != str(KeyState.DESTROYED))
+        if after is not None:
+            chosen = chosen.where(_key.c.key_id > str(after))
+        with self._reading.connect() as c:
+            return self._keys(c, chosen.order_by(_key.c.key_id).limit(limit))
+
+    def region_secrets(self, region: str) -> list[str]:
+        """Tenants whose audit key an HSM of the region wrapped."""
+        wanted = sa.select(_secret.c.tenant).where(_secret.c.region == region).distinct().order_by(_secret.c.tenant)
+        with self._reading.connect() as c:
+            return list(c.execute(wanted).scalars())
+
+    def changes_of(self, c: Connection, region: str, epoch: int) -> int:
+        """How many keys of a region changed after an epoch, as a transaction sees it."""
+        wanted = sa.select(sa.func.count()).where(_key.c.home == region, _key.c.changed > epoch)
+        return int(c.execute(wanted).scalar() or 0)
+
+    def region_inventory(self, region: str) -> list[tuple[KeySpec, int, uuid.UUID, int]]:
+        """(spec, suite, root KEK, key versions) of a region's keys: what an HSM needs to serve them all."""
+        wanted = (
+            sa.select(_key.c.spec, _key.c.suite, _version.c.kek, sa.func.count())
+            .select_from(_version.join(_key, _version.c.key_id == _key.c.key_id))
+            .where(_key.c.home == region, _key.c.state != str(KeyState.DESTROYED))
+            .group_by(_key.c.spec, _key.c.suite, _version.c.kek)
+        )
+        with self._reading.connect() as c:
+            return [(KeySpec(s), suite, uuid.UUID(kek), n) for s, suite, kek, n in c.execute(wanted).all()]
+
     # ---- writing ---------------------------------------------------------------------------------------------
+
+    def put_hsms(self, c: Connection, rows: Iterable[HsmRow]) -> None:
+        """Change what operators want of HSMs."""
+        for row in rows:
+            c.execute(sa.delete(_hsm).where(_hsm.c.name == row.name))
+            c.execute(sa.insert(_hsm), [dataclasses.asdict(row)])
+
+    def hold(self, c: Connection) -> int:
+        """Let no other change commit before this transaction ends; the number of changes so far."""
+        return self._bump(c) - 1
+
+    def insert_audit_key(self, row: AuditKeyRow) -> None:
+        """Remember an audit key, in a transaction of its own; nothing if it is known."""
+        fingerprint = hashlib.sha256(row.region.encode() + b"\0" + row.public).hexdigest()
+        with contextlib.suppress(IntegrityError), self._engine.begin() as c:
+            c.execute(sa.insert(_audit_key), [{"fingerprint": fingerprint, **dataclasses.asdict(row)}])
 
     def insert(self, c: Connection, key: Key) -> None:
         """A new key with its versions."""
-        epoch = self._bump(c)
+        epoch = self._writing_under(c, {v.kek for v in key.versions})
         c.execute(sa.insert(_key), [{**_key_values(key), "changed": epoch}])
-        c.execute(sa.insert(_version), [_version_values(key.id, v) for v in key.versions])
+        if key.versions:
+            c.execute(sa.insert(_version), [_version_values(key.id, v) for v in key.versions])
 
     def update(self, c: Connection, key: Key, *, was: int, versions: Iterable[KeyVersion] = ()) -> None:
         """The key's new row and changed or added versions; StaleKey if the row is no longer at `was`."""
-        values = {**_key_values(key), "changed": self._bump(c)}
+        versions = list(versions)
+        values = {**_key_values(key), "changed": self._writing_under(c, {v.kek for v in versions if v.blob})}
         changed = c.execute(
             sa.update(_key).where(_key.c.key_id == values.pop("key_id"), _key.c.kv == was).values(values)
         )
@@ -317,6 +604,7 @@ class Catalog:
         for number, length in rows:
             there = (_version.c.key_id == str(key_id)) & (_version.c.number == number)
             c.execute(sa.update(_version).where(there).values(blob=bytes(length)))
+        self._spend(c, _import.c.key_id == str(key_id), now=0)
 
     def put_alias(self, c: Connection, tenant: str, alias: str, key_id: uuid.UUID, *, fresh: bool) -> None:
         """Point an alias to a key; AliasInUse if it must be a new one and is not."""
@@ -349,6 +637,7 @@ class Catalog:
             "mac": row.mac,
         }
         with contextlib.suppress(IntegrityError), self._engine.begin() as c:
+            self._writing_under(c, [row.kek])
             c.execute(sa.insert(_secret), [values])
 
     def lease_uses(self, key_id: uuid.UUID, number: int, count: int, *, limit: int | None = None) -> int:
@@ -369,6 +658,89 @@ class Catalog:
             granted = max(0, count - (int(total) - limit))
             c.execute(sa.update(_version).where(there).values(uses=total - count + granted))
             return granted
+
+    # ---- imports ---------------------------------------------------------------------------------------------
+
+    def import_row(self, import_id: uuid.UUID) -> ImportRow | None:
+        """What a token stands for, spent or not; None if there is none. RowDamaged for one that cannot be read."""
+        with self._reading.connect() as c:
+            r = c.execute(sa.select(_import).where(_import.c.import_id == str(import_id))).mappings().first()
+        if r is None:
+            return None
+        values = {f.name: r[f.name] for f in dataclasses.fields(ImportRow) if f.name != "spent"}
+        try:
+            ids = {name: uuid.UUID(values[name]) for name in ("import_id", "key_id", "object_id", "kek")}
+            values |= {**ids, "material": Material(values["material"])}
+        except ValueError:
+            raise RowDamaged("the row of an import was changed outside the service") from None
+        return ImportRow(**values, spent=r["spent_at"] is not None)
+
+    def insert_import(self, c: Connection, row: ImportRow, *, now: int) -> None:
+        """A new import of a key. Earlier ones of the key are spent: at most one is open."""
+        self._writing_under(c, [row.kek])
+        self._spend(c, _import.c.key_id == str(row.key_id), now=now)
+        ids = {name: str(getattr(row, name)) for name in ("import_id", "key_id", "object_id", "kek", "material")}
+        values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "spent"}
+        c.execute(sa.insert(_import), [{**values, **ids, "attempts": 0}])
+
+    def try_import(self, import_id: uuid.UUID, *, limit: int) -> bool:
+        """Count an attempt before it is made, in a transaction of its own; False if the token is spent."""
+        there = (_import.c.import_id == str(import_id)) & _import.c.spent_at.is_(None) & (_import.c.attempts < limit)
+        with self._engine.begin() as c:
+            return c.execute(sa.update(_import).where(there).values(attempts=_import.c.attempts + 1)).rowcount == 1
+
+    def end_attempt(self, import_id: uuid.UUID, *, counts: bool, limit: int, now: int) -> None:
+        """After an attempt that failed: spend the token if it was the last, or take the attempt back."""
+        there = _import.c.import_id == str(import_id)
+        with self._engine.begin() as c:
+            if counts:
+                self._spend(c, there & (_import.c.attempts >= limit), now=now)
+            else:
+                c.execute(sa.update(_import).where(there).values(attempts=_import.c.attempts - 1))
+
+    def spend_import(self, c: Connection, import_id: uuid.UUID, *, now: int) -> bool:
+        """Use a token up and erase its wrapping key; False if somebody else was first."""
+        return self._spend(c, _import.c.import_id == str(import_id), now=now) == 1
+
+    def spend_expired_imports(self, now: int, *, kept_us: int) -> int:
+        """Erase the wrapping keys of expired tokens, forget tokens that ended `kept_us` ago; how many were erased."""
+        with self._engine.begin() as c:
+            c.execute(sa.delete(_import).where(_import.c.expires_at <= now - kept_us))
+            return self._spend(c, _import.c.expires_at <= now, now=now)
+
+    def _spend(self, c: Connection, there: sa.ColumnElement[bool], *, now: int) -> int:
+        """Overwrite the wrapping keys of open imports, then empty them, as `erase` does."""
+        if c.dialect.name == "sqlite":
+            c.exec_driver_sql("PRAGMA secure_delete = ON")
+        open_ = c.execute(
+            sa.select(_import.c.import_id, sa.func.length(_import.c.blob), sa.func.length(_import.c.sealed)).where(
+                there, _import.c.spent_at.is_(None)
+            )
+        ).all()
+        spent = 0
+        for import_id, blob, sealed in open_:
+            this = (_import.c.import_id == import_id) & _import.c.spent_at.is_(None)
+            c.execute(sa.update(_import).where(this).values(blob=bytes(blob), sealed=bytes(sealed)))
+            spent += c.execute(sa.update(_import).where(this).values(blob=b"", sealed=b"", spent_at=now)).rowcount
+        return spent
+
+    def material_known(self, tenant: str, fingerprint: bytes) -> bool:
+        """Whether the tenant ever imported this material."""
+        wanted = sa.select(_material.c.number).where(
+            _material.c.tenant == tenant, _material.c.fingerprint == fingerprint
+        )
+        with self._reading.connect() as c:
+            return c.execute(wanted).first() is not None
+
+    def put_material(self, c: Connection, tenant: str, fingerprint: bytes, key_id: uuid.UUID, number: int) -> bool:
+        """Remember imported material for ever; False if the tenant has imported it before."""
+        self._bump(c)  # first: it holds other writers off until the commit, so nobody inserts between look and write
+        there = (_material.c.tenant == tenant) & (_material.c.fingerprint == fingerprint)
+        if c.execute(sa.select(_material.c.number).where(there)).first() is not None:
+            return False
+        values = {"tenant": tenant, "fingerprint": fingerprint, "key_id": str(key_id), "number": number}
+        c.execute(sa.insert(_material), [values])
+        return True
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
@@ -443,11 +815,19 @@ def _to_key(rows: Sequence[sa.RowMapping]) -> Key:
     RowDamaged for rows the service cannot have written; the MACs are checked before their first use.
     """
     try:
+        if len(rows) == 1 and rows[0]["v_number"] is None and _may_be_empty(rows[0]):
+            return _decoded(rows[0], ())
         if [row["v_number"] for row in rows] != list(range(1, len(rows) + 1)):
             raise ValueError("versions are not 1, 2, 3, ...")
         return _decoded(rows[0], tuple(_to_version(row) for row in rows))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RowDamaged(f"row of key {rows[0]['key_id']} was changed outside the service") from None
+
+
+def _may_be_empty(r: sa.RowMapping) -> bool:
+    """Only a key whose material is imported may be without versions, and only unusable."""
+    unusable = {str(KeyState.PREACTIVE), str(KeyState.COMPROMISED), str(KeyState.DESTROYED)}
+    return r["origin"] == EXTERNAL and r["state"] in unusable
 
 
 def _decoded(r: sa.RowMapping, versions: tuple[KeyVersion, ...]) -> Key:
@@ -492,6 +872,8 @@ def _version_values(key_id: uuid.UUID, v: KeyVersion) -> dict[str, Any]:
         "public": v.public,
         "mac": v.mac,
         "uses": v.uses,
+        "import_path": None if v.imported is None else v.imported.path,
+        "import_expires_at": None if v.imported is None else v.imported.expires_at,
     }
 
 
@@ -507,4 +889,11 @@ def _to_version(r: sa.RowMapping) -> KeyVersion:
         public=r["v_public"],
         mac=r["v_mac"],
         uses=r["v_uses"],
+        imported=_to_imported(r["v_import_path"], r["v_import_expires_at"]),
     )
+
+
+def _to_imported(path: str | None, expires_at: int | None) -> Imported | None:
+    if path is None and expires_at is not None:
+        raise ValueError("an end of imported material without its path")
+    return None if path is None else Imported(path, expires_at)

@@ -28,6 +28,11 @@ from keystore.key import InputRefused
 SINGLE: Final = 0x0001  # a message key per message, derived in the HSM, AES-256-GCM in process, committing
 STRICT: Final = 0x0002  # AES-256-GCM inside the token
 BATCH: Final = 0x0004  # as 0x0001, one derivation per key, version and batch
+IMPORTED: Final = 0x0005  # as 0x0001, for an imported key of 32 bytes
+IMPORTED_BATCH: Final = 0x0006  # as 0x0004, for an imported key of 32 bytes
+
+BATCH_OF: Final[Mapping[int, int]] = {SINGLE: BATCH, IMPORTED: IMPORTED_BATCH}  # by the suite of the key
+HASH_OF: Final[Mapping[int, str]] = {SINGLE: "sha512", BATCH: "sha512", IMPORTED: "sha256", IMPORTED_BATCH: "sha256"}
 
 MAX_PLAINTEXT: Final = 65_536
 MAX_CONTEXT: Final = 8_192  # bytes of names plus values
@@ -41,6 +46,8 @@ _FIELDS: Final[Mapping[int, tuple[int, int, int, int]]] = {  # salt, index, IV, 
     SINGLE: (32, 0, 12, 32),
     STRICT: (0, 0, 12, 0),
     BATCH: (32, 4, 12, 32),
+    IMPORTED: (32, 0, 12, 32),
+    IMPORTED_BATCH: (32, 4, 12, 32),
 }
 _TEXT: Final = re.compile(r"skms:v1:([A-Za-z0-9_-]{34,87600})")
 
@@ -204,19 +211,28 @@ def encode_aad(
     return b"".join(struct.pack(">I", len(f)) + f for f in fields)
 
 
-def kdf_input(label: bytes, data: bytes) -> bytes:
-    """Input of the one block of SP 800-108r1 counter mode with 512 bits of output."""
-    return b"\0\0\0\1" + label + b"\0" + data + b"\0\0\2\0"
+def kdf_input(label: bytes, data: bytes, bits: int = 512) -> bytes:
+    """Input of the one block of SP 800-108r1 counter mode with this many bits of output."""
+    return b"\0\0\0\1" + label + b"\0" + data + struct.pack(">I", bits)
 
 
-def single_input(salt: bytes, aad: bytes) -> bytes:
-    """What the HSM authenticates to derive key and commitment of one message (suite 0x0001)."""
-    return kdf_input(b"skms/v1/enc", salt + hashlib.sha256(aad).digest())
+def _bits(suite: int) -> int:
+    return 256 if HASH_OF[suite] == "sha256" else 512
 
 
-def batch_input(salt: bytes) -> bytes:
-    """What the HSM authenticates to derive the secret of a batch (suite 0x0004)."""
-    return kdf_input(b"skms/v1/batch", salt)
+def single_input(salt: bytes, aad: bytes, suite: int = SINGLE) -> bytes:
+    """What the HSM authenticates to derive the secret of one message (suites 0x0001, 0x0005)."""
+    return kdf_input(b"skms/v1/enc", salt + hashlib.sha256(aad).digest(), _bits(suite))
+
+
+def batch_input(salt: bytes, suite: int = BATCH) -> bytes:
+    """What the HSM authenticates to derive the secret of a batch (suites 0x0004, 0x0006)."""
+    return kdf_input(b"skms/v1/batch", salt, _bits(suite))
+
+
+def single_keys(secret: bytes, suite: int) -> bytes:
+    """64 bytes, key and commitment of one message: what the HSM derived, or for 0x0005 HKDF-Expand of it."""
+    return secret if suite == SINGLE else hmac.digest(secret, b"skms/v1/enc-keys\0\1", "sha512")
 
 
 def item_keys(secret: bytes | bytearray, index: bytes, aad: bytes) -> bytes:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import enum
 import uuid
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Material(enum.StrEnum):
     """What is wrapped: PKCS#11 key type and size, hence what may be done with it."""
 
     KDK_512 = "KDK_512"  # GENERIC_SECRET of exactly 64 bytes, SIGN only: key derivation of suites 0x0001, 0x0004
+    KDK_256 = "KDK_256"  # the same of exactly 32 bytes, imported only: suites 0x0005, 0x0006
     AES_256 = "AES_256"  # ENCRYPT and DECRYPT in the token: suite 0x0002
     HMAC_256 = "HMAC_256"
     HMAC_512 = "HMAC_512"
@@ -24,6 +25,8 @@ class Material(enum.StrEnum):
     RSA_3072 = "RSA_3072"
     RSA_4096 = "RSA_4096"
     ED25519 = "ED25519"
+    TRANSPORT_RSA_3072 = "TRANSPORT_RSA_3072"  # UNWRAP only: opens what a customer wrapped for one import
+    TRANSPORT_RSA_4096 = "TRANSPORT_RSA_4096"
 
 
 class SignScheme(enum.StrEnum):
@@ -42,15 +45,39 @@ class SignScheme(enum.StrEnum):
 
 
 class HsmUnavailable(Exception):
-    """No session, login or token just now; the operation was not executed and may be retried."""
+    """No session, login or token just now; the operation was not executed and may be retried.
+
+    `ckr` is the name of the PKCS#11 return value behind it, if there is one; `retry_after` is in seconds.
+    """
+
+    executed = False
+
+    def __init__(self, reason: str, *, ckr: str = "", retry_after: int = 1) -> None:
+        super().__init__(reason)
+        self.ckr, self.retry_after = ckr, retry_after
+
+
+class HsmLocked(HsmUnavailable):
+    """The token refused its PIN. Nothing tries again before a restart: each try brings the token nearer to its lock."""
+
+    def __init__(self, reason: str, *, ckr: str = "") -> None:
+        super().__init__(reason, ckr=ckr, retry_after=60)
+
+
+class HsmEmpty(HsmUnavailable):
+    """The token answers, but does not hold the installation's keys, or not the root KEK that was asked for."""
 
 
 class HsmTimeout(HsmUnavailable):
-    """The HSM did not answer within the deadline; whether it acted is unknown."""
+    """The HSM did not answer within the deadline. Whether it acted is unknown, so `executed` says that it may have."""
+
+    executed = True
 
 
 class HsmFault(Exception):
     """The HSM failed an operation on our own keys; `ckr` is the CKR name only."""
+
+    executed = False
 
     def __init__(self, ckr: str) -> None:
         super().__init__(f"HSM answered {ckr}")
@@ -118,6 +145,59 @@ class HsmStatus:
     waivers: tuple[str, ...]  # self-test rules waived by a test profile
 
 
+class OaepHash(enum.StrEnum):
+    """The hash of RSAES-OAEP and of its MGF1 (RFC 8017, 7.1)."""
+
+    SHA_1 = "SHA_1"
+    SHA_256 = "SHA_256"
+
+
+@runtime_checkable
+class Importer(Protocol):
+    """Optional ability of an `Hsm`: to take in keys that were made elsewhere. Stateless, as `Hsm` is.
+
+    What is admitted comes back wrapped under the root KEK, like a key born inside; its clear object is destroyed before
+    the call ends. InvalidCiphertext for whatever does not open, InputRefused for material of another kind or length.
+    """
+
+    def opens(self, oaep: OaepHash) -> bool:
+        """Whether the token itself opens RSAES-OAEP with this hash: tried, not read from its list."""
+
+    def admit_wrapped(
+        self,
+        transport: StoredKey,
+        oaep: OaepHash,
+        wrapped: bytes,
+        material: Material,
+        object_id: uuid.UUID,
+        *,
+        inner: bytes | None,
+        public: bytes,
+    ) -> Wrapped:
+        """Open `wrapped` under a transport key inside the token; it is never in clear outside.
+
+        With `inner` (AES-KWP, RFC 5649), `wrapped` is an AES-256 key that opens it. `public` is the
+        SubjectPublicKeyInfo that a private key must belong to, or empty.
+        """
+
+    def admit_clear(self, material: Material, clear: bytes, object_id: uuid.UUID, *, public: bytes) -> Wrapped:
+        """Take in a secret's bytes, or a private key as PKCS#8 (DER), which this process holds in clear."""
+
+
+@runtime_checkable
+class DataKeeper(Protocol):
+    """Optional ability of an `Hsm`: to keep a few public bytes under a name, outside every backup of the database."""
+
+    def data_objects(self, role: str) -> tuple[bytes, ...]:
+        """What the installation's data objects of this role hold: one, or two after a crash in `keep_data_object`."""
+
+    def keep_data_object(self, role: str, data: bytes) -> None:
+        """Store at most 2,048 bytes, durable on return, in place of what was held: the new before the old goes.
+
+        UnsupportedByHsm if the token takes no such object. Seldom: a token's memory wears.
+        """
+
+
 class Hsm(Protocol):
     """One token. Thread-safe. Any method may raise HsmUnavailable or HsmFault.
 
@@ -132,11 +212,18 @@ class Hsm(Protocol):
     def region(self) -> str: ...
 
     @property
+    def state(self) -> str:
+        """UP, DOWN or LOCKED as far as known, without calling the token."""
+
+    @property
     def fast(self) -> bool:
         """True if a call is quick enough (measured at start: < 200 us) to run inline on the event loop."""
 
     def missing(self, material: Material) -> str | None:
         """Why this token cannot hold `material`, or None if it can."""
+
+    def use_root(self, version: int) -> None:
+        """Wrap new keys under this version of the region's root KEK from now on; HsmEmpty if it is not held."""
 
     def generate(self, material: Material, object_id: uuid.UUID) -> Wrapped:
         """Make a key inside the token, wrap it under the root KEK, destroy the clear object.
@@ -146,6 +233,9 @@ class Hsm(Protocol):
 
     def row_mac(self, data: bytes) -> bytes:
         """HMAC-SHA-256 of a row's encoding under the token's row-MAC key."""
+
+    def check_row(self, binding: bytes, mac: bytes) -> None:
+        """RowDamaged unless `mac` is the row MAC of `binding`. A row once found right may cost no further call."""
 
     def hmac(self, key: StoredKey, algorithm: str, data: bytes) -> bytes:
         """HMAC with `algorithm` "sha256", "sha384" or "sha512" under a KDK or HMAC key."""
@@ -179,3 +269,10 @@ class Hsm(Protocol):
 
     def close(self) -> None:
         """Release what the process holds. Never C_Logout."""
+
+
+def importer_of(hsm: Hsm) -> Importer:
+    """The HSM as an importer; UnsupportedByHsm if it takes no keys from outside."""
+    if not isinstance(hsm, Importer):
+        raise UnsupportedByHsm(f"HSM {hsm.name} takes no keys that were made elsewhere")
+    return hsm

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Final
 
 
 class KeySpec(enum.StrEnum):
@@ -54,6 +55,8 @@ class KeyState(enum.StrEnum):
     COMPROMISED = "compromised"
     DESTROYED = "destroyed"
 
+
+EXTERNAL: Final = "external"  # origin of a key whose material is imported; "hsm" for all others
 
 TRANSITIONS: Mapping[KeyState, frozenset[KeyState]] = MappingProxyType(
     {
@@ -149,6 +152,14 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
+class Imported:
+    """How a version's material came in from outside. Such material is external for ever: others may hold a copy."""
+
+    path: str  # "hsm": opened inside the token only; "software": in this process's memory for a moment
+    expires_at: int | None = None  # microseconds since the epoch; from then on the version is not used
+
+
+@dataclass(frozen=True, slots=True)
 class KeyVersion:
     """One version: its wrapped material and what the row MAC binds it to."""
 
@@ -161,6 +172,7 @@ class KeyVersion:
     blob: bytes = field(repr=False)  # b"" once destroyed
     public: bytes = b""  # SubjectPublicKeyInfo (DER) of an asymmetric key
     mac: bytes = field(default=b"", repr=False)
+    imported: Imported | None = None  # None: made inside the HSM
     # Protect operations leased so far: never too few. Not under the MAC and no part of what a version is.
     uses: int = field(default=0, compare=False)
 
@@ -187,8 +199,8 @@ class Key:
     kv: int  # rises by one with every change of this row; the ETag
     created_at: int
     updated_at: int
-    versions: tuple[KeyVersion, ...]  # ascending; version numbers start at 1
-    origin: str = "hsm"
+    versions: tuple[KeyVersion, ...]  # ascending; numbers start at 1; none while an import is pending
+    origin: str = "hsm"  # or EXTERNAL
     non_exportable: bool = True
     description: str = ""
     tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -200,7 +212,15 @@ class Key:
 
     @property
     def latest(self) -> KeyVersion:
+        """The newest version; WrongState while an import is pending."""
+        if not self.versions:
+            raise WrongState(self.id, self.api_state)
         return self.versions[-1]
+
+    @property
+    def latest_number(self) -> int:
+        """The number of the newest version; 0 while an import is pending."""
+        return len(self.versions)
 
     @property
     def api_state(self) -> str:

@@ -34,14 +34,18 @@ from keystore.hsm import (
     HsmFault,
     HsmStatus,
     HsmUnavailable,
+    Importer,
     InvalidCiphertext,
     Material,
     RowDamaged,
     SignScheme,
     StoredKey,
     UnsupportedByHsm,
+    Wrapped,
 )
 from keystore.key import (
+    API_STATE,
+    EXTERNAL,
     TRANSITIONS,
     USAGE_OF_SPEC,
     AlgorithmMismatch,
@@ -87,6 +91,7 @@ _MACS: Final[Mapping[KeySpec, tuple[str, str]]] = MappingProxyType(
 _HASHES: Final[Mapping[str, hashes.HashAlgorithm]] = MappingProxyType(
     {"256": hashes.SHA256(), "384": hashes.SHA384(), "512": hashes.SHA512()}
 )
+IMPORTABLE: Final = frozenset(KeySpec) - {KeySpec.ED25519}
 _HALF: Final[Mapping[KeySpec, int]] = MappingProxyType({KeySpec.EC_P256: 32, KeySpec.EC_P384: 48})
 
 
@@ -109,10 +114,12 @@ class NewKey:
     description: str = ""
     tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     rotation: Rotation = field(default_factory=Rotation)
+    origin: str = "hsm"  # or EXTERNAL: then it has no version before the first import
 
     @classmethod
     def of(cls, *, spec: KeySpec, usage: KeyUsage | None, suite: int | None, **facts: Any) -> NewKey:
         """Fill in what the spec implies; InputRefused where the request contradicts it."""
+        external = facts.get("origin") == EXTERNAL
         implied = USAGE_OF_SPEC[spec]
         if usage not in {None, implied}:
             raise InputRefused("/usage", "not_for_spec", f"{spec} keys are for {implied}")
@@ -120,10 +127,19 @@ class NewKey:
             if suite is not None:
                 raise InputRefused("/suite", "not_for_spec", "only encryption keys have a suite")
             suite = 0
+        elif external:
+            suite = ev.IMPORTED if suite is None else suite
+            if suite not in {ev.IMPORTED, ev.SINGLE}:
+                # 0x0002 commits to the context only where nobody knows the key.
+                raise InputRefused("/suite", "not_for_imported", "0x0005 for 32 bytes, 0x0001 for 64 bytes")
         elif suite is None:
             suite = ev.SINGLE
         elif suite not in {ev.SINGLE, ev.STRICT}:
-            raise InputRefused("/suite", "unknown", "0x0001 or 0x0002")
+            raise InputRefused("/suite", "unknown", "0x0001 or 0x0002; 0x0005 is for imported keys")
+        if external and spec not in IMPORTABLE:
+            raise InputRefused("/spec", "not_importable", "importable: " + ", ".join(sorted(IMPORTABLE)))
+        if external and facts["rotation"] != Rotation():
+            raise InputRefused("/rotation", "not_for_imported", "an imported key gets new versions by import only")
         if len(set(facts["purposes"])) != len(facts["purposes"]):
             raise InputRefused("/purposes", "repeated", "each purpose once")
         tags = MappingProxyType(dict(facts.pop("tags", {})))
@@ -170,14 +186,14 @@ class Sealed:
 def material_of(spec: KeySpec, suite: int) -> Material:
     """The kind of object a spec needs in the token."""
     if spec is KeySpec.AES_256:
-        return Material.AES_256 if suite == ev.STRICT else Material.KDK_512
+        return {ev.STRICT: Material.AES_256, ev.IMPORTED: Material.KDK_256}.get(suite, Material.KDK_512)
     return Material(str(spec))
 
 
-def check_use(key: Key, number: int, direction: Literal["protect", "process"]) -> None:
-    """Whether state and fences let a version protect or process; the stricter of key and version counts.
+def check_use(key: Key, number: int, direction: Literal["protect", "process"], *, now: int) -> None:
+    """Whether state, fences and expiry let a version protect or process; the stricter of key and version counts.
 
-    Raises KeyDestroyed, WrongState or VersionFenced.
+    `now` is in microseconds. Raises KeyDestroyed, WrongState or VersionFenced.
     """
     if key.state is KeyState.DESTROYED:
         raise KeyDestroyed(f"key {key.id} was destroyed")
@@ -190,13 +206,22 @@ def check_use(key: Key, number: int, direction: Literal["protect", "process"]) -
         fence = max(fence, key.min_encrypt_version)
     if number < fence or version.state is not KeyState.ACTIVE:
         raise VersionFenced(f"version {number} of key {key.id} is fenced or revoked")
+    if expired(version, now):
+        raise WrongState(key.id, API_STATE[KeyState.SUSPENDED])
+
+
+def expired(version: KeyVersion, now: int) -> bool:
+    """Whether imported material has reached the end that its owner gave it."""
+    end = None if version.imported is None else version.imported.expires_at
+    return end is not None and end <= now
 
 
 @dataclass(slots=True)
 class _Genuine:
-    """A key row whose MAC was right, and those of its versions that were checked too, ready for the HSM."""
+    """A key row whose MAC was right, and those of its versions that were used, ready for the HSM."""
 
     key: Key
+    row: bytes
     stored: dict[int, StoredKey] = field(default_factory=dict)
 
 
@@ -315,6 +340,10 @@ class Keystore:
         """Keys of this node's regions whose newest version is too old or used too often."""
         return self._catalog.rotations_due(now, homes=self.regions, strict=(ev.STRICT, STRICT_ROTATE))
 
+    def due_expiries(self, now: int) -> Sequence[Key]:
+        """Enabled keys of this node's regions whose newest material was imported with an end that has come."""
+        return self._catalog.expiries_due(now, homes=self.regions)
+
     def due_deletions(self, now: int) -> Sequence[Key]:
         """Keys of this node's regions whose waiting time is over."""
         return self._catalog.deletions_due(now, homes=self.regions)
@@ -340,9 +369,11 @@ class Keystore:
             return self._seal_strict(key, number, stored, plaintext, context, purpose)
         noise = self._random(44)
         salt, iv = noise[:32], noise[32:]
-        aad = self._aad(key, number, ev.SINGLE, purpose, context)
-        derived = self._hsm(key.home).hmac(stored, "sha512", ev.single_input(salt, aad))
-        return _sealed(key, number, ev.SINGLE, purpose, salt, b"", iv, derived, plaintext, aad)
+        suite = key.suite
+        aad = self._aad(key, number, suite, purpose, context)
+        secret = self._hsm(key.home).hmac(stored, ev.HASH_OF[suite], ev.single_input(salt, aad, suite))
+        derived = ev.single_keys(secret, suite)
+        return _sealed(key, number, suite, purpose, salt, b"", iv, derived, plaintext, aad)
 
     def open(self, key: Key, envelope: Envelope, context: Mapping[str, str], *, purpose: Purpose) -> bytes:
         """The plaintext; one InvalidCiphertext for whatever is wrong with the envelope."""
@@ -354,10 +385,12 @@ class Keystore:
             if not hmac.compare_digest(data[:32], ev.COMMITMENT):
                 raise InvalidCiphertext
             return data[32:]
-        if envelope.suite == ev.SINGLE:
-            derived = hsm.hmac(stored, "sha512", ev.single_input(envelope.salt, aad))
+        suite = envelope.suite
+        if suite == key.suite:
+            secret = hsm.hmac(stored, ev.HASH_OF[suite], ev.single_input(envelope.salt, aad, suite))
+            derived = ev.single_keys(secret, suite)
         else:
-            secret = hsm.hmac(stored, "sha512", ev.batch_input(envelope.salt))
+            secret = hsm.hmac(stored, ev.HASH_OF[suite], ev.batch_input(envelope.salt, suite))
             derived = ev.item_keys(secret, envelope.index, aad)
         return ev.open_with(derived, envelope, aad)
 
@@ -376,7 +409,7 @@ class Keystore:
         version: int | None = None,
     ) -> tuple[bytes, int]:
         """(signature, version). ECDSA as DER or raw r||s by `form`."""
-        number = key.latest.number if version is None else version
+        number = key.latest_number if version is None else version
         self._for(key, KeyUsage.SIGN)
         self._usable(key, number, "protect")
         scheme, data = _signed_data(key, algorithm, message, digest, form)
@@ -400,15 +433,15 @@ class Keystore:
         version: int | None = None,
     ) -> bool:
         """Whether a signature is right, in software under the public key of the MAC'd row."""
-        number = key.latest.number if version is None else version
+        number = key.latest_number if version is None else version
         self._for(key, KeyUsage.SIGN)
         self._usable(key, number, "process")
         scheme, data = _signed_data(key, algorithm, message, digest, form)
-        return _verify(key.spec, self.public_key(key, number), scheme, data, signature, form)
+        return verify_signature(key.spec, self.public_key(key, number), scheme, data, signature, form)
 
     def mac(self, key: Key, message: bytes, algorithm: str, *, version: int | None = None) -> tuple[bytes, int]:
         """(HMAC, version)."""
-        number = key.latest.number if version is None else version
+        number = key.latest_number if version is None else version
         name = self._mac_name(key, algorithm, message)
         self._usable(key, number, "protect")
         stored = self._stored(key, number)
@@ -420,7 +453,7 @@ class Keystore:
 
         Never by C_Verify: one vendor answers a wrong HMAC as if the device had failed.
         """
-        number = key.latest.number if version is None else version
+        number = key.latest_number if version is None else version
         name = self._mac_name(key, algorithm, message)
         self._usable(key, number, "process")
         made = self._hsm(key.home).hmac(self._stored(key, number), name, message)
@@ -460,7 +493,7 @@ class Keystore:
             held = self._held(rows)
             if held is not None:
                 row, hsm = held
-                return row.generation, hsm.hmac(_stored_secret(row), "sha256", b"skms/audit-context/v1")
+                return row.generation, hsm.hmac(stored_secret(row), "sha256", b"skms/audit-context/v1")
             self._catalog.insert_secret(self._new_secret(tenant, 1 + max((r.generation for r in rows), default=0)))
             rows = self._catalog.secrets(tenant)
         raise HsmUnavailable(f"no audit key of tenant {tenant} could be stored")
@@ -473,7 +506,15 @@ class Keystore:
         (region, hsm), object_id = next(iter(self._hsms.items())), self._uuid()
         made = hsm.generate(Material.HMAC_256, object_id)
         row = SecretRow(tenant, generation, region, object_id, made.mechanism, made.kek, made.blob, b"")
-        return dataclasses.replace(row, mac=hsm.row_mac(_secret_binding(row)))
+        return dataclasses.replace(row, mac=hsm.row_mac(secret_binding(row)))
+
+    def tenant_secret_keys(self, tenant: str, region: str) -> Sequence[StoredKey]:
+        """Every generation of a tenant's audit key that an HSM of the region wrapped."""
+        return [stored_secret(row) for row in self._catalog.secrets(tenant) if row.region == region]
+
+    def stored_versions(self, key: Key) -> Sequence[tuple[int, StoredKey]]:
+        """(number, version for the HSM) of every version of a key that has material; RowDamaged as for a use."""
+        return [(v.number, self._stored(key, v.number)) for v in key.versions if v.blob]
 
     # ---- control plane -------------------------------------------------------------------------------------------
 
@@ -483,26 +524,28 @@ class Keystore:
         if hsm is None:
             raise InputRefused("/home", "no_hsm", "this installation has no HSM in that region")
         reason = hsm.missing(new.material)
+        if reason is None and new.origin == EXTERNAL and not isinstance(hsm, Importer):
+            reason = f"HSM {hsm.name} takes no keys that were made elsewhere"
         if reason is not None:
             raise UnsupportedByHsm(reason)
 
     def plan_create(self, new: NewKey, *, alias: str | None = None) -> Plan:
-        """Make the first version in the HSM of the home region."""
+        """Make the first version in the HSM of the home region; a key to be imported waits for its own."""
         self.supports(new)
-        now, key_id = self._clock(), self._uuid()
-        version = self._new_version(1, new.home, new.material, now)
+        now, key_id, external = self._clock(), self._uuid(), new.origin == EXTERNAL
+        versions = () if external else (self._new_version(1, new.home, new.material, now),)
         facts = {f.name: getattr(new, f.name) for f in dataclasses.fields(new)}
         key = Key(
             id=key_id,
             shared_with=frozenset(),
-            state=KeyState.ACTIVE,
+            state=KeyState.PREACTIVE if external else KeyState.ACTIVE,
             kv=1,
             created_at=now,
             updated_at=now,
-            versions=(version,),
+            versions=versions,
             **facts,
         )
-        key = self._maced(key, 1)
+        key = self._maced(key)
 
         def write(c: Connection) -> None:
             self._catalog.insert(c, key)
@@ -512,14 +555,55 @@ class Keystore:
         return self._plan(key, write)
 
     def plan_rotate(self, key: Key) -> Plan:
-        """Add a version; WrongState unless the key is enabled."""
+        """Add a version; WrongState unless the key is enabled, InputRefused for an imported one."""
+        if key.origin == EXTERNAL:
+            raise InputRefused("", "not_for_imported", "an imported key gets a new version by another import only")
         check_state(key, KeyState.ACTIVE)
         self._authentic(key)
-        now, number = self._clock(), key.latest.number + 1
-        if number > ev.MAX_VERSION:
-            raise KeyLimitReached(f"key {key.id} has all the versions the envelope can name")
+        now, number = self._clock(), self.next_number(key)
         version = self._new_version(number, key.home, _material(key), now)
         return self._update(key, (number,), versions=(*key.versions, version))
+
+    # For imports, which make versions their own way.
+
+    def plan_add_version(self, key: Key, version: KeyVersion, *, state: KeyState) -> Plan:
+        """Add a version that was made elsewhere; the key is in `state` then."""
+        self._authentic(key)
+        return self._update(key, (version.number,), versions=(*key.versions, version), state=state)
+
+    def next_number(self, key: Key) -> int:
+        """The number of the next version; KeyLimitReached if the envelope cannot name it."""
+        if key.latest_number == ev.MAX_VERSION:
+            raise KeyLimitReached(f"key {key.id} has all the versions the envelope can name")
+        return key.latest_number + 1
+
+    def authentic(self, key: Key) -> None:
+        """RowDamaged unless the key's row is as the service wrote it."""
+        self._authentic(key)
+
+    def hsm_of(self, region: str) -> Hsm:
+        """The HSM of a region; HsmUnavailable if this node has none."""
+        return self._hsm(region)
+
+    def now(self) -> int:
+        """Microseconds since the epoch."""
+        return self._clock()
+
+    def new_id(self) -> uuid.UUID:
+        """A random id."""
+        return self._uuid()
+
+    def plan_rewrap(self, key: Key, old: uuid.UUID, rewrap: Callable[[StoredKey], Wrapped]) -> Plan:
+        """Replace the blobs of the versions under the root KEK `old` by what `rewrap` makes of them."""
+        self._authentic(key)
+        versions, numbers = [], []
+        for version in key.versions:
+            if version.kek == old and version.blob:
+                made = rewrap(self._stored(key, version.number))
+                numbers.append(version.number)
+                version = dataclasses.replace(version, mechanism=made.mechanism, kek=made.kek, blob=made.blob)  # noqa: PLW2901 - the same version, under the other root KEK
+            versions.append(version)
+        return self._update(key, numbers, versions=tuple(versions))
 
     def plan_transition(self, key: Key, state: KeyState) -> Plan:
         """Change the state along SP 800-57; WrongState where there is no such transition.
@@ -530,6 +614,8 @@ class Keystore:
             raise KeyDestroyed(f"key {key.id} was destroyed")
         waiting = key.delete_at is not None
         allowed = state in TRANSITIONS[key.state] - {KeyState.DESTROYED}
+        if state is KeyState.ACTIVE:  # nothing becomes active without material, or with material that has expired
+            allowed = allowed and bool(key.versions) and not expired(key.versions[-1], self._clock())
         if not allowed or (waiting and state is not KeyState.COMPROMISED):
             raise WrongState(key.id, key.api_state)
         self._authentic(key)
@@ -539,13 +625,13 @@ class Keystore:
         """Stop the key now and destroy it `wait_s` seconds from now (7 to 90 days)."""
         if not MIN_WAIT_S <= wait_s <= MAX_WAIT_S:
             raise InputRefused("/wait", "out_of_range", "P7D to P90D")
-        check_state(key, KeyState.ACTIVE, KeyState.SUSPENDED, KeyState.COMPROMISED)
+        check_state(key, KeyState.PREACTIVE, KeyState.ACTIVE, KeyState.SUSPENDED, KeyState.COMPROMISED)
         self._authentic(key)
-        state = KeyState.COMPROMISED if key.state is KeyState.COMPROMISED else KeyState.SUSPENDED
+        state = KeyState.SUSPENDED if key.state is KeyState.ACTIVE else key.state
         return self._update(key, (), state=state, delete_at=self._clock() + wait_s * 1_000_000)
 
     def plan_cancel_deletion(self, key: Key) -> Plan:
-        """Take the deletion back: the key is disabled then, or compromised again."""
+        """Take the deletion back: the key is disabled then, or again compromised or waiting for its import."""
         if key.state is KeyState.DESTROYED:
             raise KeyDestroyed(f"key {key.id} was destroyed")
         if key.delete_at is None:
@@ -567,14 +653,14 @@ class Keystore:
     def plan_revoke_version(self, key: Key, number: int) -> Plan:
         """Take one version out of use, for ever. The newest cannot be revoked: rotate first."""
         check_state(key, KeyState.ACTIVE, KeyState.SUSPENDED)
-        if not 1 <= number <= key.latest.number:
+        if not 1 <= number <= key.latest_number:
             raise KeyNotFound("no such version")
-        if number == key.latest.number:
+        if number == key.latest_number:
             raise InputRefused("/version", "newest", "rotate first: the newest version cannot be revoked")
         version = key.version(number)
         if version.state is not KeyState.ACTIVE:
             raise WrongState(key.id, "revoked")
-        self._stored(key, number)  # a damaged row must not get a right MAC by being written again
+        self._authentic(key)
         changed = dataclasses.replace(version, state=KeyState.DEACTIVATED)
         versions = tuple(changed if v.number == number else v for v in key.versions)
         return self._update(key, (number,), versions=versions)
@@ -592,6 +678,8 @@ class Keystore:
         """Change metadata; None leaves a field as it is."""
         if key.state is KeyState.DESTROYED:
             raise KeyDestroyed(f"key {key.id} was destroyed")
+        if rotation is not None and key.origin == EXTERNAL:
+            raise InputRefused("/rotation", "not_for_imported", "an imported key gets new versions by import only")
         self._authentic(key)
         changes: dict[str, Any] = {
             "description": description,
@@ -602,7 +690,7 @@ class Keystore:
         }
         for name in ("min_decrypt_version", "min_encrypt_version"):
             fence = changes[name]
-            if fence is not None and not 1 <= fence <= key.latest.number:
+            if fence is not None and not 1 <= fence <= key.latest_number:
                 raise InputRefused(f"/{name}", "out_of_range", "a fence lies between 1 and the latest version")
         return self._update(key, (), **{k: v for k, v in changes.items() if v is not None})
 
@@ -647,10 +735,11 @@ class Keystore:
 
     def _usable(self, key: Key, number: int, direction: Literal["protect", "process"]) -> None:
         """As `check_use`, also for a newer row, if this process knows one: its handles were evicted already."""
-        check_use(key, number, direction)
+        now = self._clock()
+        check_use(key, number, direction, now=now)
         known = self._keys.get(key.id)
         if known is not None and known.kv > key.kv:
-            check_use(known, number, direction)
+            check_use(known, number, direction, now=now)
 
     def _for(self, key: Key, usage: KeyUsage) -> None:
         if key.usage is not usage:
@@ -680,7 +769,7 @@ class Keystore:
         self, key: Key, plaintext: bytes, context: Mapping[str, str], purpose: Purpose, version: int | None
     ) -> tuple[int, StoredKey]:
         self._for(key, KeyUsage.ENCRYPT)
-        number = key.latest.number if version is None else version
+        number = key.latest_number if version is None else version
         self._usable(key, number, "protect")
         if len(plaintext) > ev.MAX_PLAINTEXT:
             raise InputRefused("/plaintext", "too_long", f"at most {ev.MAX_PLAINTEXT} bytes")
@@ -692,9 +781,9 @@ class Keystore:
         return number, stored
 
     def _prepare_open(self, key: Key, envelope: Envelope, purpose: Purpose) -> StoredKey:
-        suites = {ev.STRICT} if key.suite == ev.STRICT else {ev.SINGLE, ev.BATCH}
+        suites = {key.suite, ev.BATCH_OF.get(key.suite)}
         wrong = envelope.key_id != key.id or envelope.suite not in suites or envelope.purpose != purpose
-        if key.usage is not KeyUsage.ENCRYPT or wrong or envelope.version > key.latest.number:
+        if key.usage is not KeyUsage.ENCRYPT or wrong or envelope.version > key.latest_number:
             raise InvalidCiphertext
         self._usable(key, envelope.version, "process")
         return self._stored(key, envelope.version)
@@ -717,11 +806,15 @@ class Keystore:
         return Sealed(made.to_bytes(), number, ev.STRICT)
 
     def _stored(self, key: Key, number: int) -> StoredKey:
-        """A version for the HSM; RowDamaged unless the MACs of the key's row and of the version's are right."""
+        """A version for the HSM; RowDamaged unless the MAC of the key's row is right, and so covers the version."""
         genuine = self._authentic(key)
         found = genuine.stored.get(number)
         if found is None:
             version = key.version(number)
+            binding, mac = genuine.row, key.mac
+            if version.mac:
+                binding, mac = _binding(key, version), version.mac
+                self._check_row(key, binding, mac)
             found = StoredKey(
                 object_id=version.object_id,
                 material=_material(key),
@@ -729,11 +822,9 @@ class Keystore:
                 mechanism=version.mechanism,
                 kek=version.kek,
                 public=version.public,
-                binding=_binding(key, version),
-                mac=version.mac,
+                binding=binding,
+                mac=mac,
             )
-            if not hmac.compare_digest(self._hsm(key.home).row_mac(found.binding), found.mac):
-                raise RowDamaged(f"row of version {number} of key {key.id} was changed outside the service")
             genuine.stored[number] = found
         return found
 
@@ -745,12 +836,18 @@ class Keystore:
         if known is not None and known.key == key:  # the same row, read again
             known.key = key
             return known
-        if not hmac.compare_digest(self._hsm(key.home).row_mac(rowmac.key_row(key)), key.mac):
-            raise RowDamaged(f"row of key {key.id} was changed outside the service")
-        return self._trust(key)
+        row = rowmac.key_row(key, _material(key))
+        self._check_row(key, row, key.mac)
+        return self._trust(key, row)
 
-    def _trust(self, key: Key) -> _Genuine:
-        made = _Genuine(key)
+    def _check_row(self, key: Key, binding: bytes, mac: bytes) -> None:
+        try:
+            self._hsm(key.home).check_row(binding, mac)
+        except RowDamaged:
+            raise RowDamaged(f"row of key {key.id} was changed outside the service") from None
+
+    def _trust(self, key: Key, row: bytes) -> _Genuine:
+        made = _Genuine(key, row)
         with self._lock:
             if len(self._genuine) >= _CACHE:
                 self._genuine.clear()
@@ -794,20 +891,20 @@ class Keystore:
         made = self._hsm(region).generate(material, object_id)
         return KeyVersion(number, KeyState.ACTIVE, now, object_id, made.mechanism, made.kek, made.blob, made.public)
 
-    def _maced(self, key: Key, *numbers: int) -> Key:
-        """The key with new MACs of these versions and of its row, which covers the versions' MACs."""
-        hsm = self._hsm(key.home)
-        versions = tuple(
-            dataclasses.replace(v, mac=hsm.row_mac(_binding(key, v))) if v.number in numbers else v
-            for v in key.versions
-        )
-        key = dataclasses.replace(key, versions=versions)
-        return dataclasses.replace(key, mac=hsm.row_mac(rowmac.key_row(key)))
+    def _maced(self, key: Key) -> Key:
+        """The key with a new MAC of its row, which covers its versions."""
+        key = dataclasses.replace(key, versions=tuple(dataclasses.replace(v, mac=b"") for v in key.versions))
+        return dataclasses.replace(key, mac=self._hsm(key.home).row_mac(rowmac.key_row(key, _material(key))))
 
     def _update(self, key: Key, numbers: Sequence[int], *, erase: bool = False, **changes: Any) -> Plan:
         """The key with these changes; `numbers` are the versions that are new or changed."""
         now = max(self._clock(), key.updated_at)
-        new = self._maced(dataclasses.replace(key, kv=key.kv + 1, updated_at=now, **changes), *numbers)
+        if rowmac.has_version_macs(key):
+            # The new MAC will vouch for every version: a damaged one must not get a right MAC by being written again.
+            for version in key.versions:
+                self._check_row(key, _binding(key, version), version.mac)
+            numbers = range(1, len(changes.get("versions", key.versions)) + 1)
+        new = self._maced(dataclasses.replace(key, kv=key.kv + 1, updated_at=now, **changes))
         changed = [v for v in new.versions if v.number in numbers]
 
         def write(c: Connection) -> None:
@@ -824,7 +921,7 @@ class Keystore:
                 known = self._keys.get(key.id)
                 if known is None or known.kv < key.kv:
                     self._keys[key.id] = key
-            self._trust(key)  # this process made its MAC
+            self._trust(key, rowmac.key_row(key, _material(key)))  # this process made its MAC
             self._evict(key)
 
         return Plan(key, write, applied)
@@ -833,7 +930,7 @@ class Keystore:
         """Take what may not be used any more out of the HSM's cache, at once."""
         hsm = self._hsms.get(key.home)
         if hsm is not None:
-            for version in _stopped(key):
+            for version in _stopped(key, self._clock()):
                 hsm.forget(version.object_id)
 
 
@@ -876,12 +973,13 @@ class Batch:
         purpose: Purpose = Purpose.ENCRYPT,
         version: int | None = None,
     ) -> Sealed:
-        """As `Keystore.seal`, in suite 0x0004 where the key's suite is 0x0001."""
+        """As `Keystore.seal`, in the batch suite of the key's own."""
         store = self._store
         if key.suite == ev.STRICT:
             return store.seal(key, plaintext, context, purpose=purpose, version=version)
         number, stored = store._prepare_seal(key, plaintext, context, purpose, version)
-        aad = store._aad(key, number, ev.BATCH, purpose, context)
+        suite = ev.BATCH_OF[key.suite]
+        aad = store._aad(key, number, suite, purpose, context)
         with self._lock:
             salt = self._salts.get((key.id, number))
             if salt is None:
@@ -889,15 +987,15 @@ class Batch:
             index, iv = self._index.to_bytes(4, "big"), self._draw(12)
             self._index += 1
             derived = ev.item_keys(self._secret(key, stored, number, salt), index, aad)
-        return _sealed(key, number, ev.BATCH, purpose, salt, index, iv, derived, plaintext, aad)
+        return _sealed(key, number, suite, purpose, salt, index, iv, derived, plaintext, aad)
 
     def open(self, key: Key, envelope: Envelope, context: Mapping[str, str], *, purpose: Purpose) -> bytes:
         """As `Keystore.open`."""
         store = self._store
-        if envelope.suite != ev.BATCH:
+        if envelope.suite not in ev.BATCH_OF.values():
             return store.open(key, envelope, context, purpose=purpose)
         stored = store._prepare_open(key, envelope, purpose)
-        aad = store._aad(key, envelope.version, ev.BATCH, purpose, context)
+        aad = store._aad(key, envelope.version, envelope.suite, purpose, context)
         with self._lock:
             secret = self._secret(key, stored, envelope.version, envelope.salt)
             derived = ev.item_keys(secret, envelope.index, aad)
@@ -908,7 +1006,8 @@ class Batch:
             raise RuntimeError("this batch has ended and its secrets are gone")
         slot = (key.id, number, salt)
         if slot not in self._secrets:
-            made = self._store._hsm(key.home).hmac(stored, "sha512", ev.batch_input(salt))
+            suite = ev.BATCH_OF[key.suite]
+            made = self._store._hsm(key.home).hmac(stored, ev.HASH_OF[suite], ev.batch_input(salt, suite))
             self._secrets[slot] = bytearray(made)
         return self._secrets[slot]
 
@@ -918,6 +1017,15 @@ class Batch:
             self._noise = self._store._random(_DRAW)
         drawn, self._noise = self._noise[:length], self._noise[length:]
         return drawn
+
+
+def verify_raw(spki: bytes, scheme: SignScheme, data: bytes, signature: bytes) -> bool:
+    """Whether an HSM's signature (raw r||s for ECDSA) is right under a public key."""
+    public = _public_key(spki)
+    spec = (
+        KeySpec.EC_P384 if isinstance(public, ec.EllipticCurvePublicKey) and public.key_size == 384 else KeySpec.EC_P256
+    )
+    return verify_signature(spec, spki, scheme, data, signature, "raw")
 
 
 def check_state(key: Key, *allowed: KeyState) -> None:
@@ -936,11 +1044,11 @@ def _binding(key: Key, version: KeyVersion) -> bytes:
     return rowmac.version_row(key.tenant, key.id, _material(key), key.usage, version)
 
 
-def _secret_binding(row: SecretRow) -> bytes:
+def secret_binding(row: SecretRow) -> bytes:
     return rowmac.secret_row(row.tenant, row.generation, row.region, row.object_id, row.mechanism, row.kek, row.blob)
 
 
-def _stored_secret(row: SecretRow) -> StoredKey:
+def stored_secret(row: SecretRow) -> StoredKey:
     return StoredKey(
         object_id=row.object_id,
         material=Material.HMAC_256,
@@ -948,16 +1056,16 @@ def _stored_secret(row: SecretRow) -> StoredKey:
         mechanism=row.mechanism,
         kek=row.kek,
         public=b"",
-        binding=_secret_binding(row),
+        binding=secret_binding(row),
         mac=row.mac,
     )
 
 
-def _stopped(key: Key) -> Iterator[KeyVersion]:
+def _stopped(key: Key, now: int) -> Iterator[KeyVersion]:
     """The versions that cannot be used in any direction."""
     for version in key.versions:
         try:
-            check_use(key, version.number, "process")
+            check_use(key, version.number, "process", now=now)
         except (KeyDestroyed, WrongState, VersionFenced):
             yield version
 
@@ -1010,7 +1118,8 @@ def _signed_data(
 _public_key = functools.lru_cache(maxsize=1_024)(load_der_public_key)
 
 
-def _verify(spec: KeySpec, spki: bytes, scheme: SignScheme, data: bytes, signature: bytes, form: str) -> bool:
+def verify_signature(spec: KeySpec, spki: bytes, scheme: SignScheme, data: bytes, signature: bytes, form: str) -> bool:
+    """Whether a signature over a digest (or message, for Ed25519) is right; ECDSA as DER or raw r||s by `form`."""
     public = _public_key(spki)
     try:
         match public:

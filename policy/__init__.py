@@ -2,6 +2,7 @@
 
 from policy.bundle import Bundle, BundleRefused, write_development
 from policy.engine import Policy
+from policy.freeze import Freeze, FreezeGone, Freezes, FreezeUnconfirmed, Frozen, InForce, Scope, Touched
 from policy.places import Evidence, Member, Registry, UnknownPlace, Whereabouts, whereabouts
 from policy.request import (
     Attest,
@@ -23,6 +24,12 @@ __all__ = [
     "Decision",
     "Denied",
     "Evidence",
+    "Freeze",
+    "FreezeGone",
+    "FreezeUnconfirmed",
+    "Freezes",
+    "Frozen",
+    "InForce",
     "InstallationFacts",
     "KeyFacts",
     "Member",
@@ -30,7 +37,9 @@ __all__ = [
     "Registry",
     "Request",
     "Resource",
+    "Scope",
     "TenantFacts",
+    "Touched",
     "UnknownPlace",
     "Whereabouts",
     "whereabouts",

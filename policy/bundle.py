@@ -1,4 +1,4 @@
-"""Policy bundles: a directory of Cedar text and YAML, read whole, hashed, linted and validated, or refused with a place.
+"""Policy bundles: a directory of Cedar text and YAML, read whole, hashed, linted, validated and compiled, or refused.
 
 The digest stands in every record: SHA-256(`skms/policy/v1` || 00 || manifest), the manifest being the canonical JSON of
 format, version and every file's SHA-256. Nothing of a refused bundle is ever used.
@@ -6,19 +6,23 @@ format, version and every file's SHA-256. Nothing of a refused bundle is ever us
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import cedarpy
 import yaml
 from pydantic import ValidationError
 
+from policy.compiler import Action, Compiled, Compiler, Unsupported
 from policy.places import NAME, Charter, Member, Registry
 
 SHIPPED: Final = Path(__file__).parent / "shipped"
@@ -27,7 +31,7 @@ FORMAT: Final = 1
 MAX_FILE: Final = 1 << 20
 OBLIGATIONS: Final = frozenset({"seal-to-recipient", "audit-intent", "no-cache"})
 ROLES: Final = frozenset({"operator", "officer", "custodian", "auditor"})
-INSTALLATION_ROLES: Final = frozenset({"platform", "auditor"})
+INSTALLATION_ROLES: Final = frozenset({"platform", "auditor", "officer"})
 KINDS: Final = ("use", "admin", "read", "meta")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LAYERS: Final = {"charter": 0, "installation": 0, "tenant": 1, "key": 2, "grant": 3}
@@ -43,47 +47,72 @@ class BundleRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One policy of the bundle and what its annotations say."""
+    """One policy of the bundle, compiled, and what its annotations say."""
 
     id: str
     file: str
+    line: int
     effect: str
     layer: int
     code: str
     disclosed: bool
     obligations: frozenset[str]
+    est: Mapping[str, Any]  # as Cedar's JSON form has it
+    compiled: Compiled
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One Cedar file, found in order and compiled: what need not be done again while its content is the same."""
+
+    sha256: str
+    text: str
+    rules: tuple[Rule, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle that was read, hashed and found in order."""
+    """A bundle that was read, hashed, found in order and compiled."""
 
     digest: str
     version: int
     development: bool
     files: Mapping[str, str]  # path -> SHA-256
-    text: str  # all Cedar policies, in the order of their files
+    parts: Mapping[str, Part]  # path -> Cedar file
     rules: Mapping[str, Rule]  # by @id
+    actions: Mapping[str, Action]
     groups: Mapping[str, frozenset[str]]  # action -> itself and its groups
     registry: Registry
     cases: tuple[Mapping[str, Any], ...]
+    sources: Mapping[str, bytes]  # path -> content: what it can be made of again
+
+    @property
+    def text(self) -> str:
+        """All Cedar policies, in the order of their files."""
+        return "\n".join(part.text for part in self.parts.values())
 
 
-def read(directory: Path) -> Bundle:
-    """Read and check a bundle directory; BundleRefused names file, line and reason."""
+def read(directory: Path, *, known: Bundle | None = None) -> Bundle:
+    """Read, check and compile a bundle directory; BundleRefused names file, line and reason.
+
+    Cedar files that `known` has with the same content are taken from it. Everything slow is done in pieces of a few
+    milliseconds or without the GIL, so that a service may call this on a thread beside its event loop.
+    """
     directory = Path(directory)
     if not (directory / "charter.yaml").is_file():
         raise BundleRefused(str(directory / "charter.yaml"), 0, "the bundle has no charter.yaml")
-    files = {str(p.relative_to(directory)): _read(p, directory) for p in _files(directory)}
-    schema = SCHEMA.read_bytes()
+    return made({str(p.relative_to(directory)): _read(p, directory) for p in _files(directory)}, known=known)
+
+
+def made(files: Mapping[str, bytes], *, known: Bundle | None = None) -> Bundle:
+    """As `read`, of files at hand: path -> content."""
+    if "charter.yaml" not in files:
+        raise BundleRefused("charter.yaml", 0, "the bundle has no charter.yaml")
     hashes = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
-    hashes["schema.cedarschema"] = hashlib.sha256(schema).hexdigest()
     charter = _charter(files)
     members: dict[str, Member] = {}
     cases: list[Mapping[str, Any]] = []
-    rules: dict[str, Rule] = {}
-    texts: list[str] = []
-    order: list[Rule] = []
+    texts: dict[str, str] = {}
     for path, data in files.items():
         _placed(path, charter)
         if path.endswith("members.yaml"):
@@ -91,41 +120,47 @@ def read(directory: Path) -> Bundle:
         elif path.startswith("cases/"):
             cases += _list(path, _yaml(path, data), "cases")
         elif path.endswith(".cedar"):
-            text = _text(path, data)
-            for rule in _rules(path, text):
-                if rule.id in rules:
-                    raise BundleRefused(path, _line(text, rule.id), f"@id {rule.id!r} stands in {rules[rule.id].file}")
-                rules[rule.id] = rule
-                order.append(rule)
-            texts.append(text)
-    _validate("\n".join(texts), order, files)
+            texts[path] = _text(path, data)
+    parts = _parts(texts, hashes, {} if known is None else known.parts)
+    hashes["schema.cedarschema"] = hashlib.sha256(SCHEMA.read_bytes()).hexdigest()
     manifest = json.dumps(
         {"files": hashes, "format": FORMAT, "version": charter.version}, sort_keys=True, separators=(",", ":")
     )
+    found = schema_actions()
     return Bundle(
         digest=hashlib.sha256(b"skms/policy/v1\0" + manifest.encode()).hexdigest(),
         version=charter.version,
         development=charter.development,
         files=hashes,
-        text="\n".join(texts),
-        rules=rules,
-        groups=action_groups(),
+        parts=parts,
+        rules=_by_id(parts),
+        actions=found,
+        groups={name: action.groups for name, action in found.items()},
         registry=Registry(charter, members),
         cases=tuple(cases),
+        sources=MappingProxyType(dict(files)),
     )
 
 
-def action_groups() -> dict[str, frozenset[str]]:
-    """Every action of the schema with its groups; each is of exactly one kind: use, admin, read or meta."""
+@functools.cache
+def schema() -> cedarpy.Schema:
+    """The shipped schema, as Cedar wants it."""
+    return cedarpy.Schema.from_str(SCHEMA.read_text())
+
+
+@functools.cache
+def schema_actions() -> Mapping[str, Action]:
+    """Every action of the schema; each is of exactly one kind: use, admin, read or meta."""
     text = re.sub(r"//[^\n]*", "", SCHEMA.read_text())
-    found: dict[str, frozenset[str]] = {}
-    for names, groups in re.findall(r"action ([\w,\s]+?) in \[([\w,\s]+)\]", text):
-        parents = frozenset(g.strip() for g in groups.split(","))
+    found: dict[str, Action] = {}
+    form = r"action ([\w,\s]+?) in (\[[\w,\s]+\])\s*appliesTo \{ principal: (\[[^\]]*\]), resource: (\[[^\]]*\])"
+    for names, *lists in re.findall(form, text):
+        parents, principals, resources = (frozenset(re.findall(r"\w+", one)) for one in lists)
         if sum(kind in parents for kind in KINDS) != 1:
             raise BundleRefused("schema.cedarschema", 0, f"actions {names}: exactly one of {', '.join(KINDS)}")
-        for name in names.split(","):
-            found[name.strip()] = parents | {name.strip()}
-    return found
+        for name in re.findall(r"\w+", names):
+            found[name] = Action(parents | {name}, principals, resources)
+    return MappingProxyType(found)
 
 
 def _files(directory: Path) -> Iterator[Path]:
@@ -242,44 +277,138 @@ def _line_of(text: str, needle: str) -> int:
     return 0 if at < 0 else text.count("\n", 0, at) + 1
 
 
-def _line(text: str, rule: str) -> int:
-    return _line_of(text, f'@id("{rule}")')
+# ---- Cedar files -------------------------------------------------------------------------------------------------
+
+_CHUNK: Final = 16  # policies: cedarpy makes the JSON form of so many in 2 to 4 ms, and holds the GIL meanwhile
+_TOKEN: Final = re.compile(r'//[^\n]*|"(?:[^"\\]|\\.)*"|;', re.DOTALL)
 
 
-def _rules(path: str, text: str) -> Iterator[Rule]:
-    """The policies of one file, each linted for its layer."""
+class _Statement(NamedTuple):
+    line: int
+    text: str
+
+
+def _parts(texts: Mapping[str, str], hashes: Mapping[str, str], known: Mapping[str, Part]) -> dict[str, Part]:
+    """Every Cedar file parsed, linted, strictly validated and compiled; validation runs beside the rest, without the GIL."""
+    if not any(text.strip() for text in texts.values()):
+        raise BundleRefused("charter", 0, "the bundle has no policies")
+    found: dict[str, Part] = {}
+    checks: list[tuple[str, Future[Any]]] = []
+    compiler = Compiler()
+    with ThreadPoolExecutor(1, thread_name_prefix="policy-validation") as validating:
+        for path, text in texts.items():
+            old = known.get(path)
+            if old is not None and old.sha256 == hashes[path]:
+                found[path] = old
+                continue
+            checks.append((path, validating.submit(cedarpy.validate_policies, text, schema(), release_gil=True)))
+            found[path] = Part(hashes[path], text, tuple(_rules(path, text, compiler)))
+    for path, check in checks:
+        _validated(path, found[path], check.result())
+    return found
+
+
+def _by_id(parts: Mapping[str, Part]) -> dict[str, Rule]:
+    rules: dict[str, Rule] = {}
+    for rule in (r for part in parts.values() for r in part.rules):
+        first = rules.setdefault(rule.id, rule)
+        if first is not rule:
+            raise BundleRefused(rule.file, rule.line, f"@id {rule.id!r} stands in {first.file}")
+    return rules
+
+
+def _validated(path: str, part: Part, result: Any) -> None:
+    """Strict validation against the schema: an unknown attribute or a wrong type is refused, not skipped at run time."""
+    if result.validation_passed:
+        return
+    error = result.errors[0]
+    number = re.fullmatch(r"policy(\d+)", str(getattr(error, "policy_id", "")))
+    if number is None or int(number[1]) >= len(part.rules):
+        raise BundleRefused(path, 0, f"not valid: {error}")
+    rule = part.rules[int(number[1])]
+    raise BundleRefused(path, rule.line, f"{rule.id}: {error.error}")
+
+
+def _statements(text: str) -> Iterator[_Statement]:
+    """The policies of a file with their lines: each ends at a semicolon that is in no string and no comment."""
+    begin = 0
+    ends = [m.end() for m in _TOKEN.finditer(text) if m[0] == ";"]
+    for end in (*ends, len(text)):
+        bare = re.match(r"(?:\s+|//[^\n]*)*", text[begin:end])
+        first = begin + (bare.end() if bare else 0)
+        if first < end:
+            yield _Statement(text.count("\n", 0, first) + 1, text[begin:end])
+        begin = end
+
+
+def _rules(path: str, text: str, compiler: Compiler) -> Iterator[Rule]:
+    """The policies of one file, each linted for its layer and compiled."""
+    statements = list(_statements(text))
+    for at in range(0, len(statements), _CHUNK):
+        chunk = statements[at : at + _CHUNK]
+        for statement, est in zip(chunk, _parsed(path, chunk), strict=True):
+            try:
+                yield _rule(path, statement.line, est, compiler)
+            except RecursionError:
+                raise BundleRefused(path, statement.line, "nested too deeply") from None
+
+
+def _parsed(path: str, chunk: Sequence[_Statement]) -> list[Mapping[str, Any]]:
     try:
-        parsed = json.loads(cedarpy.policies_to_json_str(text))
-    except ValueError as error:
-        raise BundleRefused(path, _error_line(text, str(error)), f"not Cedar: {error}") from None
+        parsed = json.loads(cedarpy.policies_to_json_str("\n".join(s.text for s in chunk)))
+    except (ValueError, RecursionError) as error:
+        if len(chunk) > 1:
+            return [est for statement in chunk for est in _parsed(path, [statement])]
+        reason = "nested too deeply" if isinstance(error, RecursionError) else f"not Cedar: {error}"
+        raise BundleRefused(path, chunk[0].line, reason) from None
     if parsed.get("templates") or parsed.get("templateLinks"):
-        raise BundleRefused(path, _line_of(text, "?"), "templates are not supported")
-    for est in parsed["staticPolicies"].values():
-        notes = est.get("annotations", {})
-        name = notes.get("id")
-        if not name or not re.fullmatch(r"[A-Za-z0-9._:/@-]{1,128}", name):
-            raise BundleRefused(path, 0, "every policy needs an @id of letters, digits, . _ : / @ -")
-        line = _line(text, name)
+        line = next((s.line for s in chunk if re.search(r"\?(principal|resource)", s.text)), 0)
+        raise BundleRefused(path, line, "templates are not supported: a forbid among them would be lost")
+    policies = parsed["staticPolicies"]
+    if set(policies) != {f"policy{n}" for n in range(len(chunk))}:
+        raise BundleRefused(path, chunk[0].line, "its policies cannot be told apart")
+    return [policies[f"policy{n}"] for n in range(len(chunk))]
 
-        def refuse(reason: str, line: int = line) -> BundleRefused:
-            return BundleRefused(path, line, reason)
 
-        layer = _layer_of(path)
-        if notes.get("layer") != layer:
-            raise refuse(f"@layer must be {layer!r} in this folder")
-        disclose = notes.get("disclose", "none")
-        if disclose not in {"code", "none"}:
-            raise refuse('@disclose is "code" or "none"')
-        obligations = frozenset(filter(None, [notes.get("obligation")]))
-        if obligations - OBLIGATIONS:
-            raise refuse(f"@obligation: one of {', '.join(sorted(OBLIGATIONS))}")
-        unknown = set(notes) - {"id", "layer", "code", "disclose", "obligation"}
-        if unknown:
-            raise refuse(f"unknown annotation @{sorted(unknown)[0]}")
-        if est["effect"] == "forbid" and not re.fullmatch(r"[A-Z0-9-]{3,40}", notes.get("code") or ""):
-            raise refuse("a forbid needs a @code of capital letters, digits and hyphens")
-        _lint(path, layer, est, refuse)
-        yield Rule(name, path, est["effect"], _LAYERS[layer], notes.get("code") or "", disclose == "code", obligations)
+def _rule(path: str, line: int, est: Mapping[str, Any], compiler: Compiler) -> Rule:
+    def refuse(reason: str) -> BundleRefused:
+        return BundleRefused(path, line, reason)
+
+    notes = est.get("annotations", {})
+    name = notes.get("id")
+    if not name or not re.fullmatch(r"[A-Za-z0-9._:/@-]{1,128}", name):
+        raise refuse("every policy needs an @id of letters, digits, . _ : / @ -")
+    layer = _layer_of(path)
+    if notes.get("layer") != layer:
+        raise refuse(f"@layer must be {layer!r} in this folder")
+    disclose = notes.get("disclose", "none")
+    if disclose not in {"code", "none"}:
+        raise refuse('@disclose is "code" or "none"')
+    obligations = frozenset(filter(None, [notes.get("obligation")]))
+    if obligations - OBLIGATIONS:
+        raise refuse(f"@obligation: one of {', '.join(sorted(OBLIGATIONS))}")
+    unknown = set(notes) - {"id", "layer", "code", "disclose", "obligation"}
+    if unknown:
+        raise refuse(f"unknown annotation @{sorted(unknown)[0]}")
+    if est["effect"] == "forbid" and not re.fullmatch(r"[A-Z0-9-]{3,40}", notes.get("code") or ""):
+        raise refuse("a forbid needs a @code of capital letters, digits and hyphens")
+    _lint(path, layer, est, refuse)
+    try:
+        compiled = compiler.compile(est)
+    except Unsupported as error:
+        raise refuse(f"{name}: {error}") from None
+    return Rule(
+        id=name,
+        file=path,
+        line=line,
+        effect=est["effect"],
+        layer=_LAYERS[layer],
+        code=notes.get("code") or "",
+        disclosed=disclose == "code",
+        obligations=obligations,
+        est=est,
+        compiled=compiled,
+    )
 
 
 def _layer_of(path: str) -> str:
@@ -346,37 +475,19 @@ def _tests_tenant(conditions: Sequence[Mapping[str, Any]], tenant: str) -> bool:
     return any(c in wanted for clause in conditions if clause["kind"] == "when" for c in conjuncts(clause["body"]))
 
 
-def _error_line(text: str, message: str) -> int:
-    match = re.search(r"line (\d+)", message)
-    return int(match[1]) if match else 0
-
-
-def _validate(text: str, order: Sequence[Rule], files: Mapping[str, bytes]) -> None:
-    """Strict validation against the schema: an unknown attribute or a wrong type is refused, not skipped at run time."""
-    if not text.strip():
-        raise BundleRefused("charter", 0, "the bundle has no policies")
-    result = cedarpy.validate_policies(text, cedarpy.Schema.from_str(SCHEMA.read_text()), release_gil=True)
-    if result.validation_passed:
-        return
-    error = result.errors[0]
-    number = re.fullmatch(r"policy(\d+)", str(getattr(error, "policy_id", "")))
-    if number is None:
-        raise BundleRefused("bundle", 0, f"not valid: {error}")
-    rule = order[int(number[1])]
-    raise BundleRefused(rule.file, _line(files[rule.file].decode(), rule.id), f"{rule.id}: {error.error}")
-
-
 def write_development(
     directory: Path,
     *,
     trust_domains: Mapping[str, str],
     members: Mapping[str, Mapping[str, str]],
     platform_member: str,
+    officer_member: str | None = None,
 ) -> None:
     """Write the development bundle: the shipped one with the two thresholds lowered that no laptop can meet.
 
     K6 asks proof 3 of every tier, K7 is left out. `trust_domains` maps places to development authorities, `members`
-    tenants to {role: identity}. `skms dev up` alone calls this.
+    tenants to {role: identity}; the installation's own are `platform_member` and `officer_member`. `skms dev up` alone
+    calls this.
     """
     if directory.exists():
         shutil.rmtree(directory)
@@ -394,6 +505,8 @@ def write_development(
         entries = [{"id": i, "role": r, "person": f"{tenant}-{r}"} for r, i in members.get(tenant, {}).items()]
         (directory / "tenants" / tenant / "members.yaml").write_text(yaml.safe_dump({"members": entries}))
     platform = [{"id": platform_member, "role": "platform", "person": "platform"}]
+    if officer_member is not None:
+        platform.append({"id": officer_member, "role": "officer", "person": "officer"})
     (directory / "installation" / "members.yaml").write_text(yaml.safe_dump({"members": platform}))
 
 

@@ -1,36 +1,27 @@
-"""Decisions: `Policy.check` raises `Denied`, `Policy.decide` tells. Cedar decides; this closes what it leaves open.
+"""Decisions: `Policy.check` raises `Denied`, `Policy.decide` tells. Compiled policies decide; Cedar itself is the oracle.
 
-Stock Cedar skips a forbid that errs, and an unknown entity makes one err: so the schema goes with every call, and a
-decision counts as allowed only if Cedar allowed it without a single error. Anything unexpected is a denial.
+Whatever cannot be decided is denied: a fact of the wrong type, an unknown action, a rule that errs. The oracle decides
+the same requests again (at load all cases and random ones, in service a sample), and must come to the same decision.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import cedarpy
-
 from policy import bundle as bundles
+from policy import selftest
 from policy.bundle import Bundle, BundleRefused, Rule
-from policy.places import Registry
-from policy.request import (
-    Attest,
-    Caller,
-    Decision,
-    Denied,
-    InstallationFacts,
-    KeyFacts,
-    Request,
-    TenantFacts,
-)
+from policy.compiler import Index, RuleFailed
+from policy.facts import Facts
+from policy.oracle import Oracle
+from policy.places import Registry, UnknownPlace
+from policy.request import Decision, Denied, Request
 
 log: Final = logging.getLogger("skms.policy")
 
-_RESERVED_TENANT: Final = "installation"  # the tenant of those who belong to none; no tenant may have this name
 _CODES: Final[Mapping[str, str]] = {
     "SOV-RESIDENCY": "region_not_allowed",
     "SOV-EXECUTION": "region_not_allowed",
@@ -43,23 +34,48 @@ _CODES: Final[Mapping[str, str]] = {
     "KEY-STATE": "key_state_invalid",
     "SOV-TENANT": "not_found",
 }
+_KEPT: Final = 4096
 
 
 class Policy:
-    """A loaded bundle, ready to decide. Immutable and thread-safe; a reload makes a new one."""
+    """A loaded bundle, ready to decide. Thread-safe and never changed; a reload makes a new one."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._schema = cedarpy.Schema.from_str(bundles.SCHEMA.read_text())
-        self._policies = cedarpy.PolicySet.from_str(bundle.text)
+        self._rules = sorted(bundle.rules.values(), key=lambda r: (r.layer, r.id))  # in the order they are told in
+        self._numbers = {rule.id: n for n, rule in enumerate(self._rules)}
+        self._index = Index([rule.compiled for rule in self._rules], bundle.actions)
+        self._facts = Facts()
+        self._oracle = Oracle(bundle.text, bundles.schema())
+        self._answers: dict[tuple[bool, tuple[int, ...], bool], Decision] = {}
 
     @classmethod
-    def load(cls, directory: Path, *, after: Policy | None = None) -> Policy:
-        """Read, validate and try out a bundle; BundleRefused leaves whatever was in force in force.
+    def load(
+        cls,
+        directory: Path,
+        *,
+        after: Policy | None = None,
+        known: Policy | None = None,
+        sample: int = selftest.REQUESTS,
+    ) -> Policy:
+        """Read, validate, compile and try out a bundle; BundleRefused leaves whatever was in force in force.
 
         `after` is the policy in force: its successor needs a higher version, unless it is byte for byte the same.
+        Files that `known` has with the same content are not parsed, validated and compiled again. `sample` is how many
+        random requests the self-test asks both engines, beside all cases.
         """
-        bundle = bundles.read(directory)
+        known = known or after
+        return cls._tried(bundles.read(directory, known=None if known is None else known._bundle), after, sample)
+
+    @classmethod
+    def draft(cls, files: Mapping[str, bytes], *, after: Policy | None = None, known: Policy | None = None) -> Policy:
+        """As `load`, of files at hand: path -> content."""
+        known = known or after
+        bundle = bundles.made(files, known=None if known is None else known._bundle)
+        return cls._tried(bundle, after, selftest.REQUESTS)
+
+    @classmethod
+    def _tried(cls, bundle: Bundle, after: Policy | None, sample: int) -> Policy:
         if after is not None and bundle.digest != after.digest and bundle.version <= after.version:
             raise BundleRefused(
                 "charter.yaml", 1, f"version must rise above {after.version}; a rollback is old content under a new one"
@@ -67,7 +83,25 @@ class Policy:
         made = cls(bundle)
         for case in bundle.cases:
             made._try(case)
+        for request in selftest.requests(bundle, sample):
+            if not made.agrees(request, made.decide(request)):
+                raise BundleRefused("bundle", 0, f"self-test: {request.action} is decided otherwise by Cedar itself")
         return made
+
+    @classmethod
+    def stored(cls, files: Mapping[str, bytes]) -> Policy:
+        """A bundle that was in force once, as it decided then: it was tried out when it was loaded."""
+        return cls(bundles.made(files))
+
+    @property
+    def bundle(self) -> Bundle:
+        """What it decides by."""
+        return self._bundle
+
+    @property
+    def told(self) -> tuple[Rule, ...]:
+        """Its rules, in the order in which deciding ones are told."""
+        return tuple(self._rules)
 
     @property
     def digest(self) -> str:
@@ -109,55 +143,86 @@ class Policy:
     def decide(self, request: Request) -> Decision:
         """Decide one request. Never raises: what cannot be decided is denied as POLICY-ERROR."""
         try:
-            return self._decide(request)
+            barred = self._barred(request)
+            if barred is not None:
+                return barred
+            facts = self._facts
+            allowed, hits = self._index.evaluate(
+                facts.principal(request.caller),
+                request.action,
+                facts.resource(request.resource),
+                facts.context(request),
+            )
+            return self._answer(request, allowed, hits)
         except Exception as error:  # fail closed, whatever it is; its text may hold facts of the request
-            log.error("decision failed", extra={"facts": {"error": type(error).__name__, "action": request.action}})
+            rule = self._rules[error.rule].id if isinstance(error, RuleFailed) else ""
+            kind = type(error.__cause__ or error).__name__
+            log.error("decision failed", extra={"facts": {"error": kind, "rule": rule, "action": str(request.action)}})
             return self._denied("policy_denied", (), "POLICY-ERROR")
+
+    def agrees(self, request: Request, decision: Decision) -> bool:
+        """Whether Cedar itself, asked anew, comes to this decision. About 1 us a policy; holds the GIL."""
+        try:
+            if self._barred(request) is not None:
+                return not decision.allowed
+            self._facts.principal(request.caller)
+            self._facts.resource(request.resource)
+            self._facts.context(request)
+        except (TypeError, ValueError):  # facts that Cedar is never asked about
+            return not decision.allowed
+        opinion = self._oracle.decide(request)
+        if opinion.error:
+            return not decision.allowed
+        hits = tuple(sorted(self._numbers[name] for name in opinion.rules))
+        return decision == self._answer(request, opinion.allowed, hits)
+
+    def decide_twice(self, request: Request) -> Decision:
+        """Allow only what both engines allow: for a node whose engines once came to different decisions."""
+        decision = self.decide(request)
+        try:
+            if not decision.allowed or self.agrees(request, decision):
+                return decision
+        except Exception as error:  # an oracle that fails has not allowed
+            log.error("oracle failed", extra={"facts": {"error": type(error).__name__, "action": request.action}})
+        return self._denied("policy_denied", (), "POLICY-ERROR")
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _decide(self, request: Request) -> Decision:
-        _check_types(request)
+    def _barred(self, request: Request) -> Decision | None:
+        """What typed code refuses before any policy is asked. Raises for an unknown action."""
         caller = request.caller
-        if request.action not in self._bundle.groups:
+        if type(request.action) is not str or request.action not in self._bundle.groups:
             raise ValueError("unknown action")
         if caller.scopes is not None and request.action not in caller.scopes:
             return self._denied("policy_denied", (), "TOKEN-SCOPE")
-        own = caller.tenant or _RESERVED_TENANT
         if caller.tenant is not None and self.registry.tenant(caller.tenant) is None:
             return self._denied("policy_denied", (), "DEFAULT")
-        entities = [_principal(caller, own), *_resource(request.resource)]
-        result = cedarpy.is_authorized(
-            {
-                "principal": {"type": caller.kind.capitalize(), "id": caller.id},
-                "action": {"type": "Action", "id": request.action},
-                "resource": _uid(request.resource),
-                "context": _context(request),
-            },
-            self._policies,
-            json.dumps(entities),
-            self._schema,
-        )
-        if result.diagnostics.errors:
-            if _not_for_this_principal(self._bundle, result.diagnostics.errors):
-                return self._denied("policy_denied", (), "DEFAULT")
-            raise ValueError("Cedar reported an error")
-        names = sorted(result.diagnostics.id_annotations_by_reason.values())
-        rules = [self._bundle.rules[n] for n in names]
-        if not result.allowed:
-            return self._refusal(request, rules)
-        obligations = frozenset().union(*(r.obligations for r in rules))
-        if obligations:
-            return self._denied("policy_denied", tuple(names[:8]), "OBLIGATION-UNMET")
-        return Decision(True, "", tuple(names[:8]), "", self.digest)
+        return None
 
-    def _refusal(self, request: Request, rules: list[Rule]) -> Decision:
-        forbids = sorted((r for r in rules if r.effect == "forbid"), key=lambda r: (r.layer, r.id))
+    def _answer(self, request: Request, allowed: bool, hits: tuple[int, ...]) -> Decision:
+        """The decision that these rules make. A decision says nothing of its request, so equal ones are one object."""
+        named = allowed, hits, request.reason == "unspecified"
+        found = self._answers.get(named)
+        if found is None:
+            rules = [self._rules[n] for n in hits]
+            found = self._allowed(rules) if allowed else self._refusal(rules, unspecified=named[2])
+            if len(self._answers) < _KEPT:
+                self._answers[named] = found
+        return found
+
+    def _allowed(self, rules: list[Rule]) -> Decision:
+        names = tuple(r.id for r in rules[:8])
+        obligations = frozenset[str]().union(*(r.obligations for r in rules))
+        if obligations:  # nothing here meets one yet, and one that is not met denies
+            return Decision(False, "policy_denied", names, "OBLIGATION-UNMET", self.digest, obligations)
+        return Decision(True, "", names, "", self.digest)
+
+    def _refusal(self, forbids: list[Rule], *, unspecified: bool) -> Decision:
         if not forbids:
             return self._denied("policy_denied", (), "DEFAULT")
         told = next((r for r in forbids if r.code == "SOV-TENANT"), forbids[0])
         code = _CODES.get(told.code, "policy_denied")
-        if told.code == "SOV-REASON" and request.reason == "unspecified":
+        if told.code == "SOV-REASON" and unspecified:
             code = "reason_required"
         ids = (told.id, *(r.id for r in forbids if r.id != told.id))[:8]
         return self._denied(code, ids, told.code if told.disclosed else "DENIED")
@@ -166,12 +231,12 @@ class Policy:
         return Decision(False, code, rules, rule_code, self.digest)
 
     def _try(self, case: Mapping[str, Any]) -> None:
-        """One case of the bundle: what it expects must be what is decided."""
+        """One case of the bundle: what it expects must be what is decided, by both engines."""
         title = str(case.get("title", "?"))
         try:
-            request = _case(case, self.registry)
+            request = selftest.case(case, self.registry)
             expect = case["expect"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, UnknownPlace) as error:
             raise BundleRefused("cases", 0, f"case {title!r}: {type(error).__name__} {error}") from None
         decision = self.decide(request)
         if expect == "allow":
@@ -181,130 +246,5 @@ class Policy:
         if not good:
             got = "allow" if decision.allowed else f"deny by {decision.rules or decision.rule_code}"
             raise BundleRefused("cases", 0, f"case {title!r}: expected {expect}, got {got}")
-
-
-def _check_types(request: Request) -> None:
-    """Facts are of their types: a bool is an int in Python and would become true or 1 in Cedar."""
-    for value in (request.now, request.approvals, request.caller.proof, request.attest.level, request.attest.age_s):
-        if type(value) is not int or not -(2**53) < value < 2**53:
-            raise TypeError("a number is not an integer")
-    for flag in (request.failover, request.attest.tcb_ok):
-        if type(flag) is not bool:
-            raise TypeError("a flag is not a boolean")
-    texts = (request.action, request.hsm, request.purpose, request.reason, request.caller.id)
-    if not all(type(t) is str for t in texts) or request.caller.kind not in {"workload", "operator"}:
-        raise TypeError("a text is not a string")
-
-
-def _entity(kind: str, name: str) -> dict[str, Any]:
-    return {"__entity": {"type": kind, "id": name}}
-
-
-def _set(kind: str, names: frozenset[str]) -> list[dict[str, Any]]:
-    return [_entity(kind, n) for n in sorted(names)]
-
-
-def _principal(caller: Caller, own: str) -> dict[str, Any]:
-    home = next(iter(sorted(caller.places)), "nowhere")
-    return {
-        "uid": {"type": caller.kind.capitalize(), "id": caller.id},
-        "attrs": {"tenant": _entity("Tenant", own), "home": _entity("Place", home), "clearance": 0, "critical": False},
-        "parents": [
-            {"type": "Tenant", "id": own},
-            *({"type": "Role", "id": f"{own}/{role}"} for role in sorted(caller.roles)),
-        ],
-    }
-
-
-def _uid(resource: KeyFacts | TenantFacts | InstallationFacts) -> dict[str, str]:
-    match resource:
-        case KeyFacts():
-            return {"type": "Key", "id": resource.id}
-        case TenantFacts():
-            return {"type": "Tenant", "id": resource.id}
-    return {"type": "Installation", "id": resource.id}
-
-
-def _resource(resource: KeyFacts | TenantFacts | InstallationFacts) -> list[dict[str, Any]]:
-    if not isinstance(resource, KeyFacts):
-        return [{"uid": _uid(resource), "attrs": {}, "parents": []}]
-    places = {n: _set("Place", getattr(resource, n)) for n in ("residency", "execution", "reach", "egress", "failover")}
-    attributes = {
-        "tenant": _entity("Tenant", resource.tenant),
-        "sharedWith": _set("Tenant", resource.shared_with),
-        "tier": resource.tier,
-        "purposes": sorted(resource.purposes),
-        "state": resource.state,
-        **places,
-    }
-    return [{"uid": _uid(resource), "attrs": attributes, "parents": [{"type": "Tenant", "id": resource.tenant}]}]
-
-
-def _context(r: Request) -> dict[str, Any]:
-    return {
-        "hsm": _entity("Place", r.hsm),
-        "via": _set("Place", r.via),
-        "caller": _set("Place", r.caller.places),
-        "callerProof": r.caller.proof,
-        "dest": _set("Place", r.dest),
-        "target": _set("Place", r.target),
-        "failover": r.failover,
-        "waivedReach": [],
-        "waivedEgress": [],
-        "purpose": r.purpose,
-        "reason": r.reason,
-        "attest": {"level": r.attest.level, "ageS": r.attest.age_s, "tcbOk": r.attest.tcb_ok},
-        "approvals": r.approvals,
-        "now": r.now,
-    }
-
-
-def _not_for_this_principal(bundle: Bundle, errors: list[Any]) -> bool:
-    """Whether the request was refused because the action is not for this kind of principal or resource at all."""
-    return bool(errors) and all("is not valid for" in str(e) for e in errors)
-
-
-def _case(case: Mapping[str, Any], registry: Registry) -> Request:
-    def places(name: str, default: tuple[str, ...] = ()) -> frozenset[str]:
-        return registry.expand(case.get(name, default))
-
-    who, key = case["caller"], case["key"]
-    residency = registry.expand(key["residency"])
-    facts = KeyFacts(
-        id=key.get("id", "case"),
-        tenant=key["tenant"],
-        tier=key["tier"],
-        residency=residency,
-        execution=registry.expand(key.get("execution", key["residency"])),
-        reach=registry.expand(key.get("reach", key["residency"])),
-        egress=registry.expand(key.get("egress", key["residency"])),
-        failover=registry.expand(key.get("failover", ())),
-        shared_with=frozenset(key.get("shared_with", ())),
-        purposes=tuple(key.get("purposes", ("default",))),
-        state=key.get("state", "active"),
-    )
-    attest = case.get("attest", (0, 0, False))
-    caller = Caller(
-        id=who.get("id", "mtls:case:/case"),
-        kind=who["kind"],
-        tenant=who["tenant"],
-        roles=frozenset(who["roles"]),
-        places=registry.expand(who.get("places", ())),
-        proof=who.get("proof", 4),
-        authn="mtls",
-    )
-    return Request(
-        caller=caller,
-        action=case["action"],
-        resource=facts,
-        now=case.get("now", 1_800_000_000),
-        hsm=case.get("hsm", "eu-de-1"),
-        via=places("via", (case.get("hsm", "eu-de-1"),)),
-        dest=places("dest"),
-        target=places("target"),
-        failover=case.get("failover", False),
-        purpose=case.get("purpose", "default"),
-        reason=case.get("reason", "customer-initiated"),
-        approvals=case.get("approvals", 0),
-        attest=Attest(*attest),
-    )
+        if not self.agrees(request, decision):
+            raise BundleRefused("cases", 0, f"case {title!r}: Cedar itself decides otherwise")

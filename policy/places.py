@@ -119,6 +119,11 @@ class Registry:
             found |= self._leaves[name]
         return found
 
+    def around(self, places: Iterable[str]) -> frozenset[str]:
+        """Every name that stands for one of these regions: its own, its jurisdiction, its groups."""
+        wanted = frozenset(places)
+        return wanted | {name for name, leaves in self._leaves.items() if not leaves.isdisjoint(wanted)}
+
     def place_of_trust_domain(self, domain: str) -> str | None:
         """The region that this SPIFFE trust domain's authority may vouch for."""
         return self._domains.get(domain)
@@ -135,6 +140,12 @@ class Registry:
         """The listed person behind a canonical identity, byte for byte."""
         return self._members.get(identity)
 
+    def within_tier(self, tier: int, tenant: str) -> frozenset[str]:
+        """Where material of a registered tenant's keys of a tier may exist at most."""
+        bound = self._charter.tiers[tier].residency_within
+        name = self._charter.tenants[tenant].home if bound == "home-jurisdiction" else bound
+        return self._leaves.get(name, frozenset())
+
     def check_key(
         self,
         *,
@@ -149,11 +160,9 @@ class Registry:
     ) -> tuple[str, ...]:
         """What a key lacks to meet its tier; empty if it meets it. Tiers are minimum bars, met at all times."""
         missing = []
-        bound = self._charter.tiers[tier].residency_within
-        entry = self._charter.tenants.get(tenant)
-        if entry is None:
+        if tenant not in self._charter.tenants:
             return ("tenant is not registered",)
-        within = self._leaves.get(entry.home if bound == "home-jurisdiction" else bound, frozenset())
+        bound, within = self._charter.tiers[tier].residency_within, self.within_tier(tier, tenant)
         if not residency or not residency <= within:
             missing.append(f"residency lies within {bound}")
         if home not in residency:

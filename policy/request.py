@@ -85,6 +85,8 @@ class Request:
     dest: frozenset[str] = frozenset()  # where plaintext would go: the caller's places and what was declared
     target: frozenset[str] = frozenset()  # where a new copy would become usable
     failover: bool = False
+    waived_reach: frozenset[str] = frozenset()  # by exceptions that are live and signed
+    waived_egress: frozenset[str] = frozenset()
     purpose: str = ""  # "" = the key's only purpose
     reason: str = "unspecified"
     approvals: int = 0

@@ -13,13 +13,18 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
 
+from audit.event import KINDS
+
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,17}$")]
 Place = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+TenantName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Days = Annotated[int, Meta(ge=0, le=36_500)]
 
 
 class ConfigInvalid(Exception):
@@ -58,8 +63,15 @@ class HsmSection(Struct, frozen=True, forbid_unknown_fields=True):
     token_label: Annotated[str, Meta(min_length=1, max_length=32)]
     pin_file: Path
     token_serial: str = ""
+    token_dir: Path | None = None
+    backup: bool = False  # stored away: joined and verified, never served from
     sessions: Annotated[int, Meta(ge=1, le=1_024)] = 8
     environment: dict[str, str] = {}
+
+
+class HsmGroupSection(Struct, frozen=True, forbid_unknown_fields=True):
+    region: Place
+    minimum: Annotated[int, Meta(ge=1, le=16)] = 1
 
 
 class PolicySection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,14 +94,109 @@ class OidcSection(Struct, frozen=True, forbid_unknown_fields=True):
     roles: tuple[str, ...] = ()
 
 
+class SinkSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """A receiver of the audit log. Stands in the file and nowhere else: no API makes or changes one."""
+
+    name: Name
+    kind: Literal["https-json", "syslog", "otlp"]
+    url: Annotated[str, Meta(max_length=2_048)]
+    ca: Path | None = None
+    certificate: Path | None = None
+    private_key: Path | None = None
+    token_file: Path | None = None
+    token_scheme: Annotated[str, Meta(pattern=r"^[A-Za-z]{1,32}$")] = "Bearer"  # noqa: S105  (the word before the token)
+    tenants: tuple[TenantName, ...] = ()
+    kinds: tuple[str, ...] = ()
+    on_reject: Literal["stop", "skip"] = "stop"
+    enterprise: Annotated[int, Meta(ge=1, le=2**32 - 1)] = 32_473
+    timeout_s: Annotated[float, Meta(gt=0, le=60)] = 10.0
+
+
+class FolderAnchor(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="folder"):
+    path: Path
+    required: bool = True
+    every_s: Annotated[float, Meta(ge=0)] = 0
+
+
+class WriteOnceAnchor(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="write-once"):
+    path: Path
+    required: bool = True
+    every_s: Annotated[float, Meta(ge=0)] = 60
+
+
+class HsmAnchor(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="hsm"):
+    required: bool = True
+    every_s: Annotated[float, Meta(ge=0)] = 3_600
+
+
+class TimestampSection(Struct, frozen=True, forbid_unknown_fields=True):
+    url: Annotated[str, Meta(pattern=r"^https?://")]
+    authority: Path
+    every_s: Annotated[float, Meta(ge=0)] = 3_600
+
+
+class ApproverSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who approves, and as whom the service knows the same person: one who asked does not approve."""
+
+    name: Name
+    public_key: Path
+    identities: tuple[Annotated[str, Meta(min_length=1, max_length=512)], ...] = ()
+    tenants: tuple[Place, ...] = ()  # whose requests; empty: everybody's
+
+
+class ApprovalsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """How many different approvers make a quorum, and for how long a request may collect them."""
+
+    needed: Annotated[int, Meta(ge=2, le=16)] = 2
+    lifetime_s: Annotated[int, Meta(ge=60, le=86_400)] = 3_600
+    approver: tuple[ApproverSection, ...] = ()
+
+
+class WitnessesSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who cosigns this log's checkpoints: a C2SP tlog-policy file, and the authorities of the witnesses' TLS."""
+
+    policy: Path
+    ca: Path | None = None
+
+
+class WitnessedLog(Struct, frozen=True, forbid_unknown_fields=True):
+    """A log of somebody else that this node cosigns; once for each of its keys: a vkey, or SPKI in base64."""
+
+    origin: Annotated[str, Meta(min_length=1, max_length=128)]
+    key: Annotated[str, Meta(min_length=1, max_length=1_024)]
+
+
+class WitnessSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """This service as a witness of other logs, under a name and with a key of its own (`skms witness init`)."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    key_file: Path
+    log: tuple[WitnessedLog, ...] = ()
+
+
 class AuditSection(Struct, frozen=True, forbid_unknown_fields=True):
     slots: Annotated[int, Meta(ge=1, le=256)] = 16
     deadline_s: Annotated[float, Meta(gt=0, le=2)] = 2.0
+    disk_warn_percent: Annotated[int, Meta(ge=1, le=100)] = 80
+    disk_refuse_percent: Annotated[int, Meta(ge=1, le=100)] = 90
+    disk_stop_percent: Annotated[int, Meta(ge=1, le=100)] = 95
+    disk_reserve_mb: Annotated[int, Meta(ge=0, le=65_536)] = 16
+    sink: tuple[SinkSection, ...] = ()
+    anchor: tuple[FolderAnchor | WriteOnceAnchor | HsmAnchor, ...] = ()
+    timestamp: tuple[TimestampSection, ...] = ()
+    archive_dir: Path | None = None  # where old records go: docs/audit-growth.md
+    retention_days: Days = 0  # 0: for ever
+    tenant_retention_days: dict[Place, Days] = {}  # longer than that, or 0
+    legal_hold: tuple[Place, ...] = ()  # tenants of whom nothing goes
+    witnesses: WitnessesSection | None = None
+    post_quantum_key: Path | None = None  # an ML-DSA-44 key that signs checkpoints too: docs/witnesses.md
 
 
 class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     body: Annotated[int, Meta(ge=1_024, le=5_242_880)] = 1_048_576
     batch_body: Annotated[int, Meta(ge=1_024, le=5_242_880)] = 4_194_304
+    hsm_deadline_s: Annotated[float, Meta(gt=0, le=30)] = 5.0
+    worker_memory_mb: Annotated[int, Meta(ge=0)] = 1_024
 
 
 class LogSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,7 +212,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     hsm: Annotated[tuple[HsmSection, ...], Meta(min_length=1)]
     policy: PolicySection
     trust: Annotated[tuple[TrustSection, ...], Meta(min_length=1)]
+    hsm_group: tuple[HsmGroupSection, ...] = ()
     oidc: tuple[OidcSection, ...] = ()
+    witness: WitnessSection | None = None
+    approvals: ApprovalsSection = ApprovalsSection()
     audit: AuditSection = AuditSection()
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()
@@ -169,11 +279,80 @@ def _line(text: str, message: str) -> int:
 
 
 def _consistent(config: Config, path: Path) -> None:
-    regions = [h.region for h in config.hsm]
+    regions = [h.region for h in config.hsm if not h.backup]
     if config.node.region not in regions:
         raise ConfigInvalid(str(path), 0, f"no [[hsm]] stands in the node's region {config.node.region!r}")
-    if len(set(regions)) != len(regions):
-        raise ConfigInvalid(str(path), 0, "two [[hsm]] stand in one region")
+    names = [h.name for h in config.hsm]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigInvalid(str(path), 0, f"two [[hsm]] have the name {twice[0]!r}: records and rows name HSMs by it")
+    grouped = [g.region for g in config.hsm_group]
+    for group in config.hsm_group:
+        members = regions.count(group.region)
+        if grouped.count(group.region) > 1:
+            raise ConfigInvalid(str(path), 0, f"two [[hsm_group]] for region {group.region!r}")
+        if group.minimum > members:
+            reason = f"minimum {group.minimum}, but {members} [[hsm]] stand in region {group.region!r}"
+            raise ConfigInvalid(str(path), 0, f"[[hsm_group]]: {reason}")
+    marks = (config.audit.disk_warn_percent, config.audit.disk_refuse_percent, config.audit.disk_stop_percent)
+    if list(marks) != sorted(marks):
+        raise ConfigInvalid(str(path), 0, "[audit]: disk_warn_percent <= disk_refuse_percent <= disk_stop_percent")
+    _sinks_consistent(config, path)
+    _approvers_consistent(config.approvals, path)
+    for tenant, days in config.audit.tenant_retention_days.items():
+        if 0 < days < config.audit.retention_days:
+            reason = f"{tenant} = {days}, but every record stays for retention_days = {config.audit.retention_days}"
+            raise ConfigInvalid(str(path), 0, f"[audit] tenant_retention_days: {reason}")
     for issuer in config.oidc:
         if (issuer.jwks_file is None) == (issuer.jwks_uri is None):
             raise ConfigInvalid(str(path), 0, f"[[oidc]] {issuer.issuer}: exactly one of jwks_file and jwks_uri")
+
+
+def _approvers_consistent(section: ApprovalsSection, path: Path) -> None:
+    names = [a.name for a in section.approver]
+    known = [i for a in section.approver for i in a.identities]
+    if len(set(names)) != len(names):
+        raise ConfigInvalid(str(path), 0, "two [[approvals.approver]] have one name: each is one person")
+    if len(set(known)) != len(known):
+        raise ConfigInvalid(str(path), 0, "two [[approvals.approver]] have one identity: each is one person")
+    if names and len(names) < section.needed:
+        reason = f"needed = {section.needed}, but there are {len(names)} [[approvals.approver]]"
+        raise ConfigInvalid(str(path), 0, f"[approvals]: {reason}")
+
+
+_SCHEMES: Final = {"https-json": ("https",), "otlp": ("https",), "syslog": ("tls", "tcp")}
+_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+def _sinks_consistent(config: Config, path: Path) -> None:
+    names = [s.name for s in config.audit.sink]
+    for sink in config.audit.sink:
+        if wrong := _wrong_with(sink, names.count(sink.name)):
+            raise ConfigInvalid(str(path), 0, f"[[audit.sink]] {sink.name}: {wrong}")
+
+
+def _wrong_with(sink: SinkSection, named: int) -> str:
+    """What is wrong with a sink; empty if nothing is."""
+    try:
+        parts = urlsplit(sink.url)
+        host, scheme, port = parts.hostname or "", parts.scheme, parts.port
+    except ValueError as error:
+        return f"url: {error}"
+    schemes = _SCHEMES[sink.kind]
+    local_agent = scheme == "http" and sink.kind != "syslog" and host in _LOOPBACK
+    if named > 1:
+        return "two have this name: a position is stored by it"
+    if scheme == "udp":
+        return "url: UDP loses messages without a trace (RFC 5426, 4.3): use tls:// or tcp://"
+    if (scheme not in schemes and not local_agent) or not host or port == 0:
+        return f"url: expected {' or '.join(s + '://HOST[:PORT]' for s in schemes)}" + (
+            "" if sink.kind == "syslog" else " (http:// to this machine only)"
+        )
+    if parts.username is not None or parts.password is not None:
+        return "url: no secret stands in a configuration: use token_file"
+    if (sink.certificate is None) != (sink.private_key is None):
+        return "certificate and private_key come together"
+    if sink.kind == "syslog" and sink.token_file is not None:
+        return "token_file: syslog carries no token: use certificate and private_key"
+    if unknown := sorted(set(sink.kinds) - KINDS):
+        return f"kinds: no record is of kind {unknown[0]!r}; there are {', '.join(sorted(KINDS))}"
+    return ""

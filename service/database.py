@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sqlite3
+import urllib.parse
 from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config as AlembicConfig
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Engine
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
+SCHEMA: Final = "0006"  # the newest revision among the migrations; a worker that finds it there has nothing to load
 BUSY_MS: Final = 5_000
+# libpq: how long a server may be silent before its connection counts as lost. A busy one still answers the kernel.
+PATIENCE: Final = {
+    "connect_timeout": 2,
+    "keepalives_idle": 2,
+    "keepalives_interval": 1,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 4_000,
+}
 
 
 class DatabaseUnusable(Exception):
@@ -29,7 +36,8 @@ def open_engine(url: str) -> Engine:
     """
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED")
+        patience = {k: v for k, v in PATIENCE.items() if k not in parsed.query}
+        return sa.create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED", connect_args=patience)
     if not parsed.database:
         raise DatabaseUnusable("database url: name a file, as in sqlite:////var/lib/skms/skms.db")
     path = Path(parsed.database)
@@ -37,7 +45,12 @@ def open_engine(url: str) -> Engine:
         raise DatabaseUnusable(f"database url: the folder {path.parent} does not exist")
     if not path.exists():
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_MS / 1000, "check_same_thread": False})
+    uri = f"file:{urllib.parse.quote(str(path.absolute()))}?mode=rw"  # a file that was removed is not made anew, empty
+
+    def opened() -> sqlite3.Connection:
+        return sqlite3.connect(uri, uri=True, timeout=BUSY_MS / 1000, check_same_thread=False)
+
+    engine = sa.create_engine(url, creator=opened)
 
     @sa.event.listens_for(engine, "connect")
     def _connected(connection: Any, _: Any) -> None:
@@ -64,18 +77,28 @@ def reader(engine: Engine) -> Engine:
 
 def migrate(engine: Engine, *, lock_dir: Path) -> None:
     """Bring the schema to the newest revision; workers that start together do it one after the other."""
+    if revision(engine) == SCHEMA:
+        return
+    # A fifth of a worker's imports, and almost never needed.
+    from alembic import command
+    from alembic.config import Config as AlembicConfig
+
     lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     config = AlembicConfig()
     config.set_main_option("script_location", str(MIGRATIONS))
-    newest = ScriptDirectory.from_config(config).get_current_head()
-    with reader(engine).connect() as connection:
-        if MigrationContext.configure(connection).get_current_revision() == newest:
-            return
     with (lock_dir / "migrate.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+
+def revision(engine: Engine) -> str:
+    """The revision of the schema that is there; empty if there is none."""
+    with reader(engine).connect() as connection:
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return ""
+        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() or ""
 
 
 def ping(engine: Engine) -> None:

@@ -5,6 +5,7 @@ Tests, benches and demos use exactly this. Its charter has two thresholds lowere
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import softhsm
-from keystore.pkcs11 import initialise
-from policy import Policy, write_development
-from policy.bundle import SHIPPED
+import softhsm.nss
+from keystore.pkcs11 import TokenConfig, Transcript, initialise, join
+from policy import write_development
+from policy.bundle import SHIPPED, read
 from service.config import Config, load
 from service.devpki import Authority, write_private
 
@@ -61,13 +63,29 @@ def everyone(home: str) -> list[Who]:
     """Workloads of each tenant in each caller region, people of each tenant at home, the platform engineer."""
     found = [Who(f"{t}-{r}", "workload", t, r, f"/{t}/workload/{t}-{r}") for t in TENANTS for r in CALLER_REGIONS]
     found += [Who(f"{t}-{role}", role, t, home, f"/{t}/{role}/{t}-{role}") for t in TENANTS for role in ROLES]
-    return [*found, Who("platform", "platform", None, home, "/platform/platform")]
+    own = ("platform", "platform"), ("installation-officer", "officer")
+    return [*found, *(Who(name, role, None, home, f"/platform/{role}") for name, role in own)]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How many HSMs stand where: `hsms` SoftHSM2 tokens in each region, and an NSS token in the first region if asked."""
+
+    regions: tuple[str, ...] = (DEFAULT_REGION,)
+    hsms: int = 1
+    nss: bool = False
+
+    def labels(self, region: str) -> list[str]:
+        """Labels of a region's SoftHSM2 tokens; the first one's root KEK is the region's."""
+        return [f"skms-{region}" if n == 1 else f"skms-{region}-{n}" for n in range(1, self.hsms + 1)]
 
 
 def prepare(
     directory: Path,
     *,
     regions: Sequence[str] = (DEFAULT_REGION,),
+    hsms: int = 1,
+    nss: bool = False,
     port: int = DEFAULT_PORT,
     database: str | None = None,
 ) -> Config:
@@ -75,11 +93,13 @@ def prepare(
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     directory.chmod(0o700)
-    known = set(Policy.load(SHIPPED).registry.expand(["approved"]))
+    known = set(read(SHIPPED).registry.expand(["approved"]))
     if unknown := set(regions) - known:
         raise DevFailed(f"unknown region {sorted(unknown)[0]!r}: one of {', '.join(sorted(known))}")
     try:
-        tokens = softhsm.bring_up(directory / "softhsm", [f"skms-{r}" for r in regions])
+        shape = Shape(tuple(regions), hsms, nss)
+        tokens = softhsm.bring_up(directory / "softhsm", [label for r in regions for label in shape.labels(r)])
+        second = softhsm.nss.bring_up(directory / "nss") if nss else None
     except softhsm.SoftHsmUnavailable as error:
         raise DevFailed(str(error)) from None
     config_file = directory / "skms.toml"
@@ -94,18 +114,18 @@ def prepare(
             bundle,
             trust_domains={p: domain(p) for p in places},
             members=members,
-            platform_member=people[-1].identity(),
+            platform_member=people[-2].identity(),
+            officer_member=people[-1].identity(),
         )
     port = port or _free_port()
     write_private(
         config_file,
-        _toml(directory, tokens, regions, places, port, database, installation).encode(),
+        _toml(directory, tokens, second, shape, places, port, database, installation).encode(),
     )
     config = load(config_file)
     from service.wiring import token_configs
 
-    for token in token_configs(config):
-        initialise(token)
+    audit_keys = _ceremony(token_configs(config), tokens)
     environment = {
         "base_url": f"https://127.0.0.1:{port}",
         "ca_file": str(directory / "pki" / "server-ca.pem"),
@@ -117,19 +137,25 @@ def prepare(
         "identities": identities,
     }
     write_private(directory / "env.json", json.dumps(environment, indent=2).encode())
-    _write_trust(directory, config)
+    # What an auditor would take home from the ceremony: origin and audit keys.
+    lines = [f"origin {config.node.origin}", *(f"key {base64.b64encode(key).decode()}" for key in audit_keys)]
+    write_private(directory / "trust.txt", ("\n".join(lines) + "\n").encode())
     return config
 
 
-def _write_trust(directory: Path, config: Config) -> None:
-    """What an auditor would take home from the ceremony: origin and audit key."""
-    import base64
-
-    from service.wiring import token_configs
-
-    report = initialise(token_configs(config)[0])
-    key = base64.b64encode(bytes.fromhex(report.audit_public_key)).decode()
-    write_private(directory / "trust.txt", f"origin {config.node.origin}\nkey {key}\n".encode())
+def _ceremony(configs: Sequence[TokenConfig], tokens: softhsm.SoftHsm) -> list[bytes]:
+    """Make each region's keys on its first token and bring them to the others; the audit key of every token."""
+    first: dict[str, TokenConfig] = {}
+    keys = []
+    for token in configs:
+        source = first.setdefault(token.region, token)
+        if source is token:
+            keys.append(bytes.fromhex(initialise(token).audit_public_key))
+            continue
+        transcript = Transcript("join", {"region": token.region}, lambda: time.time_ns() // 1_000)
+        officer = tokens.directory / f"{source.token_label}.so-pin"
+        keys.append(bytes.fromhex(join(source, token, so_pin_file=officer, transcript=transcript).audit_public_key))
+    return keys
 
 
 def _installation(config_file: Path) -> uuid.UUID:
@@ -177,12 +203,14 @@ def _free_port() -> int:
 def _toml(
     directory: Path,
     tokens: softhsm.SoftHsm,
-    regions: Sequence[str],
+    second: softhsm.nss.Nss | None,
+    shape: Shape,
     places: Sequence[str],
     port: int,
     database: str | None,
     installation: uuid.UUID,
 ) -> str:
+    regions = shape.regions
     pki, sqlite = directory / "pki", f"sqlite:///{directory / 'skms.db'}"
     lines = [
         "# Made by `skms dev up`. For development only.",
@@ -203,17 +231,28 @@ def _toml(
         "[policy]",
         f'bundle = "{directory}/policy"',
     ]
-    for region in regions:
-        label = f"skms-{region}"
+    for region, label in ((r, label) for r in regions for label in shape.labels(r)):
         lines += [
             "[[hsm]]",
-            f'name = "softhsm-{region}"',
+            f'name = "softhsm-{label.removeprefix("skms-")}"',
             f'region = "{region}"',
             'vendor = "softhsm2"',
             f'module = "{tokens.module}"',
             f'token_label = "{label}"',
             f'pin_file = "{tokens.pin_file(label)}"',
             f'environment = {{SOFTHSM2_CONF = "{tokens.directory}/softhsm2.conf"}}',
+        ]
+    if second is not None:
+        lines += [
+            "[[hsm]]",
+            f'name = "nss-{regions[0]}"',
+            f'region = "{regions[0]}"',
+            'vendor = "nss-test"',
+            f'module = "{second.module}"',
+            f'token_label = "{second.label}"',
+            f'token_dir = "{second.directory}"',
+            f'pin_file = "{second.pin_file}"',
+            'environment = {NSS_MAX_MP_PBE_ITERATION_COUNT = "1"}',
         ]
     for place in places:
         if (pki / f"{place}-ca.pem").exists():
@@ -226,14 +265,14 @@ def _toml(
 
 def up(
     directory: Path,
+    shape: Shape,
     *,
-    regions: Sequence[str],
     port: int,
     database: str | None,
     workers: int,
 ) -> int:
     """Prepare the node and serve it in the foreground until SIGTERM or SIGINT."""
-    config = prepare(directory, regions=regions, port=port, database=database)
+    config = prepare(directory, regions=shape.regions, hsms=shape.hsms, nss=shape.nss, port=port, database=database)
     sys.stderr.write(
         f"Sovereign KMS development node on https://127.0.0.1:{config.listen.port}, files in {directory}\n"
         "DEVELOPMENT CHARTER: K6 asks proof 3 of every tier, K7 is left out. Never use this node for real keys.\n"

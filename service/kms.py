@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 from sqlalchemy import Connection
@@ -24,34 +25,64 @@ from sqlalchemy import Connection
 import policy
 from audit import event
 from audit.log import Change, ChangeFailed, Log, Receipt
+from audit.proofs import Bundle, Prover
+from audit.search import Search
+from audit.witness import Answer, Witness
 from keystore import (
+    Admin,
     Envelope,
-    HsmStatus,
+    Fleet,
+    Import,
+    Imports,
     InvalidCiphertext,
     Key,
     KeyNotFound,
     KeyState,
     Keystore,
     ListFilter,
+    MemberStatus,
     NewKey,
+    Parameters,
     Plan,
     Purpose,
+    RowDamaged,
     Sealed,
+    Wrapping,
     check_use,
 )
 from keystore.envelope import MAX_PAIRS
-from policy import Caller, Decision, InstallationFacts, KeyFacts, Policy, Resource, TenantFacts
+from policy import (
+    Caller,
+    Decision,
+    Freezes,
+    FreezeUnconfirmed,
+    Frozen,
+    InstallationFacts,
+    KeyFacts,
+    Policy,
+    Resource,
+    TenantFacts,
+    Touched,
+)
+from policy.explain import Explanation
+from policy.freeze import PASSING
+from policy.written import Digests
+from service.admission import Admission, Refusals
+from service.decisions import Decisions, Replay
 from service.outcome import (
     DENIED,
+    ERROR,
     FAILED,
     Draining,
     EtagMismatch,
     IncorrectKey,
+    NotFound,
     RequestInvalid,
     TierNotMet,
     outcome_of,
 )
 from service.rows import ApiToken, ApiTokens, NewToken, Settings
+from service.shadow import Shadow
 from service.work import (
     Checked,
     Ciphertext,
@@ -73,6 +104,7 @@ from service.work import (
     Work,
 )
 
+alarm: Final = logging.getLogger("skms.alarm")
 T = TypeVar("T")
 W = TypeVar("W", bound=Work)
 Direction = Literal["protect", "process"]
@@ -92,6 +124,15 @@ _DIRECTION: Final[Mapping[str, Direction]] = {
 }
 POLICY_SETTING: Final = "policy-digest"
 NO_USE: Final = Use()
+# What a witness answers, for the record: (`out`, `why`) by status of C2SP tlog-witness.
+_WITNESS_REFUSALS: Final = {
+    400: (FAILED, "request_malformed"),
+    403: (DENIED, "signature_untrusted"),
+    404: (DENIED, "not_found"),
+    409: (FAILED, "size_conflict"),
+    422: (FAILED, "proof_invalid"),
+    503: (ERROR, "witness_busy"),
+}
 _RELEASES: Final = frozenset({"decrypt", "unwrap", "reEncrypt"})
 
 
@@ -114,9 +155,9 @@ class Sealer(Protocol):
 
 
 class Hsms(Protocol):
-    """How `Kms` runs a call that may reach an HSM: inline where that is quick, else on the HSM's own threads."""
+    """How `Kms` runs a call that may reach an HSM (`service.hsmcalls`)."""
 
-    def executor(self, region: str) -> Executor | None: ...
+    async def run(self, region: str, call: Callable[[], T], *, slow: bool = False) -> T: ...
 
 
 @dataclass(slots=True)
@@ -133,6 +174,7 @@ class Ask:
     if_match: int | None = None
     remember: Callable[[Connection, Any], None] | None = None  # stores an idempotent answer with the change
     receipt: Receipt | None = None
+    counted: bool = False  # refused, and counted instead of recorded: see `Refusals`
     decision_id: str | None = None
     decision: Decision | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # of the last record, for the request log and metrics
@@ -151,6 +193,7 @@ class _Entry:
         "memo",
         "op",
         "refused",
+        "touched",
         "use",
         "version",
         "wanted",
@@ -166,6 +209,7 @@ class _Entry:
         self.key: Key | None = None
         self.version: int | None = None
         self.wanted: Direction | None = None
+        self.touched: tuple[Touched, ...] = ()  # what a freeze may stop
 
     @classmethod
     def of(cls, ask: Ask, work: Work, **facts: object) -> _Entry:
@@ -217,18 +261,32 @@ class Kms:
         node: str,
         region: str,
         keystore: Keystore,
+        imports: Imports,
         policy_now: Policy,
         load_policy: Callable[[Policy | None], Policy],  # the argument is the policy it must succeed
         log: Log,
+        prover: Prover,
+        search: Search,
         tokens: ApiTokens,
         hsms: Hsms,
+        fleet: Fleet,
         clock: Callable[[], int],
+        shadow: Shadow,
+        freezes: Freezes,
+        decisions: Decisions,
+        witness: Witness | None = None,
     ) -> None:
         self.node, self.region = node, region
-        self.keystore, self.log, self.tokens = keystore, log, tokens
-        self.policy = policy_now
+        self.keystore, self.imports, self.log, self.search = keystore, imports, log, search
+        self.tokens, self.fleet, self.prover = tokens, fleet, prover
+        self.policy, self.shadow, self.freezes = policy_now, shadow, freezes
         self._load_policy, self._hsms, self._clock = load_policy, hsms, clock
+        self._witness, self._strangers, self._refusals = witness, Admission(), Refusals(clock=clock)
+        self.decisions = decisions
+        self._digests = Digests()
         self.draining = False
+        self.damaged_rows = 0  # uses of rows that somebody changed behind the service's back
+        self.hsm_changes_allowed: Callable[[str], None] = lambda _: None  # raises while a drill has the HSM
         self._not_found: str | None = None
         self._secrets: dict[str, tuple[int, bytes]] = {}
 
@@ -275,7 +333,7 @@ class Kms:
 
         An item that its protocol could not use is recorded and answered like the rest.
         """
-        self._accepting()
+        self._accepting(op)
         acts: dict[type[Work], Callable[[_Entry, Sealer, Any], Awaitable[Any]]] = {
             Encrypt: self._encrypt,
             Decrypt: self._open,
@@ -359,7 +417,7 @@ class Kms:
             target = self.keystore.find(self._tenant(entry.ask), work.to_key)
         if target.id == source.id:
             self._permit(entry, "rewrap", source, version=envelope.version)
-            check_use(target, target.latest.number, "protect")
+            check_use(target, target.latest_number, "protect", now=self._clock())
         else:
             # Whoever may use the other key can read this: two keys, two decisions, both must allow.
             self._permit(entry, "encrypt", target)
@@ -408,7 +466,7 @@ class Kms:
     async def _verify(self, entry: _Entry, _: Sealer, work: Verify) -> Checked:
         found = self._permitted(entry, "verify", work.key, version=work.version)
         self._go(entry)
-        number = work.version or found.latest.number
+        number = work.version or found.latest_number
         valid = await self._inside(
             found,
             lambda: self.keystore.verify(
@@ -434,7 +492,7 @@ class Kms:
     async def _verify_mac(self, entry: _Entry, _: Sealer, work: VerifyMac) -> Checked:
         found = self._permitted(entry, "verifyMac", work.key, version=work.version)
         self._go(entry)
-        number = work.version or found.latest.number
+        number = work.version or found.latest_number
         valid = await self._inside(
             found,
             lambda: self.keystore.verify_mac(found, work.message, work.mac, work.algorithm, version=number),
@@ -449,7 +507,7 @@ class Kms:
             found = self.keystore.by_id(envelope.key_id)
         except KeyNotFound:
             raise InvalidCiphertext from None
-        if found.tenant != entry.ask.caller.tenant or envelope.version > found.latest.number:
+        if found.tenant != entry.ask.caller.tenant or envelope.version > found.latest_number:
             raise InvalidCiphertext
         if expect_key is not None and self.keystore.find(found.tenant, expect_key).id != found.id:
             raise IncorrectKey
@@ -480,7 +538,7 @@ class Kms:
         """Make a key in the HSM of its home region, if it meets its tier and the token can hold it."""
 
         def decide(entry: _Entry) -> NewKey:
-            self._allowed(entry, "createKey", self._tenant_of(ask))
+            self._allowed(entry, "createKey", self._tenant_of(ask), new=new)
             missing = self.policy.registry.check_key(**_bar(new))
             if missing:
                 raise TierNotMet(list(missing))
@@ -495,12 +553,51 @@ class Kms:
             decide,
             lambda wanted: self.keystore.plan_create(wanted, alias=alias),
             region=new.home,
+            slow=True,
         )
         return _planned(plan)
 
     async def rotate_key(self, ask: Ask, key: str) -> Key:
         """Make a new version; older ones go on opening what they protected."""
-        return await self._change_key(ask, "rotate_key", "rotate", key, self.keystore.plan_rotate)
+        return await self._change_key(ask, "rotate_key", "rotate", key, self.keystore.plan_rotate, slow=True)
+
+    async def import_parameters(self, ask: Ask, key: str, wrapping: Wrapping, rsa_spec: str | None) -> Parameters:
+        """Make a wrapping key and a token for one import of a key's material; earlier tokens of the key are spent."""
+        made: list[Parameters] = []
+
+        def plan(found: Key) -> Plan:
+            parameters, change = self.imports.plan_parameters(found, wrapping, rsa_spec)
+            made.append(parameters)
+            return change
+
+        await self._change_key(
+            ask,
+            "import_parameters",
+            "importKey",
+            key,
+            plan,
+            {"wrapping": str(wrapping), "wrapping_key_spec": rsa_spec},
+            alg=str(wrapping),
+            slow=True,
+        )
+        return made[0]
+
+    async def import_key(self, ask: Ask, key: str, wanted: Import) -> Key:
+        """Add imported material as the key's next version; a key that waited for it is enabled then."""
+        parameters = {
+            "wrapped_key": hashlib.sha256(wanted.wrapped).hexdigest(),
+            "key_check_value": wanted.check_value,
+            "expires_at": wanted.expires_at,
+        }
+        return await self._change_key(
+            ask,
+            "import_key",
+            "importKey",
+            key,
+            lambda k: self.imports.plan_import(k, wanted),
+            parameters,
+            slow=True,
+        )
 
     async def enable_key(self, ask: Ask, key: str) -> Key:
         """Put a disabled key back into use."""
@@ -588,14 +685,19 @@ class Kms:
         key: str,
         plan: Callable[[Key], Plan],
         parameters: Mapping[str, object] | None = None,
+        *,
+        alg: str | None = None,
+        slow: bool = False,
     ) -> Key:
         def decide(entry: _Entry) -> Key:
             found = self._permitted(entry, action, key)
+            if alg is not None:
+                entry.facts["alg"] = alg
             if ask.if_match is not None and ask.if_match != found.kv:
                 raise EtagMismatch(f"key {found.id} is at {found.kv}")
             return found
 
-        made = await self._control(ask, op, {"key": key, **(parameters or {})}, decide, plan)
+        made = await self._control(ask, op, {"key": key, **(parameters or {})}, decide, plan, slow=slow)
         return _planned(made)
 
     # ---- tenants, regions, HSMs, policy, tokens, audit ------------------------------------------------------------
@@ -614,11 +716,72 @@ class Kms:
             here = self.keystore.regions
             return [{**p, "hsm": p["name"] in here} for p in self.policy.registry.describe_places()]
 
-    async def list_hsms(self, ask: Ask) -> Sequence[HsmStatus]:
+    async def list_hsms(self, ask: Ask) -> Sequence[MemberStatus]:
         """The state of every HSM of this node."""
-        async with self._recorded(_Entry(ask, "list_hsms")) as entry:
-            self._allowed(entry, "hsmStatus", InstallationFacts())
-            return self.keystore.hsm_status()
+        return await self.read_installation(ask, "list_hsms", "hsmStatus", self.fleet.members)
+
+    async def drain_hsm(self, ask: Ask, name: str) -> MemberStatus:
+        """Give an HSM no more calls, on every worker; GroupWouldBeEmpty if nobody could serve then."""
+        return await self._set_hsm(ask, "drain_hsm", "hsmDrain", name, Admin.DRAINED)
+
+    async def undrain_hsm(self, ask: Ask, name: str) -> MemberStatus:
+        """Let a drained or fallback HSM serve again."""
+        return await self._set_hsm(ask, "undrain_hsm", "hsmUndrain", name, Admin.ACTIVE)
+
+    async def _set_hsm(self, ask: Ask, op: str, action: str, name: str, admin: Admin) -> MemberStatus:
+        def plan() -> Plan:
+            self.hsm_changes_allowed(name)
+            write, applied = self.fleet.plan({name: admin})
+            return Plan(key=None, write=write, applied=applied)
+
+        await self.change_installation(ask, op, action, {"hsm": name}, plan)
+        return self.fleet.group_of(name).member(name)
+
+    async def read_installation(self, ask: Ask, op: str, action: str, read: Callable[[], T]) -> T:
+        """Read something of the installation, if the caller may, and record that. `read` may call the database."""
+        async with self._recorded(_Entry(ask, op)) as entry:
+            self._allowed(entry, action, InstallationFacts())
+            return await asyncio.to_thread(read)
+
+    async def change_installation(
+        self, ask: Ask, op: str, action: str, parameters: Mapping[str, object], plan: Callable[[], Plan]
+    ) -> Plan:
+        """Change something of the installation, if the caller may: intent, plan, outcome and change in one commit."""
+
+        def decide(entry: _Entry) -> None:
+            self._allowed(entry, action, InstallationFacts())
+
+        return await self._control(ask, op, parameters, decide, lambda _: plan())
+
+    async def read_own(self, ask: Ask, op: str, action: str, read: Callable[[], T]) -> T:
+        """Read something of the caller's tenant, or of the installation for its own people. `read` may call the database."""
+        async with self._recorded(_Entry(ask, op)) as entry:
+            self._allowed(entry, action, self._tenant_of(ask))
+            return await asyncio.to_thread(read)
+
+    async def change_own(
+        self,
+        ask: Ask,
+        op: str,
+        action: str,
+        parameters: Mapping[str, object],
+        decide: Callable[[str], T],
+        plan: Callable[[T], Plan],
+        *,
+        approval: str | None = None,
+    ) -> Plan:
+        """Change something of the caller's tenant, or of the installation for its own people.
+
+        `decide` gets the decision's id; it and `plan` reach no HSM. `approval` is the approval request this is about.
+        """
+
+        def permitted(entry: _Entry) -> T:
+            if approval is not None:
+                entry.facts["appr"] = (approval,)
+            self._allowed(entry, action, self._tenant_of(ask))
+            return decide(entry.id)
+
+        return await self._control(ask, op, parameters, permitted, plan, beside=True)
 
     async def get_policy(self, ask: Ask) -> Policy:
         """The policy in force."""
@@ -636,12 +799,16 @@ class Kms:
         def plan(old: Policy) -> Plan:
             new = self._load_policy(old)
 
+            def write(connection: Connection) -> None:
+                Settings.put(connection, POLICY_SETTING, new.digest)
+                self.decisions.bundles.keep(connection, new, before=old)
+
             def applied() -> None:
                 self.policy = new
 
-            return Plan(key=None, write=lambda c: Settings.put(c, POLICY_SETTING, new.digest), applied=applied)
+            return Plan(key=None, write=write, applied=applied)
 
-        await self._control(ask, "reload_policy", {}, decide, plan)
+        await self._control(ask, "reload_policy", {}, decide, plan, beside=True)
         await self.note("bundle_active")
         return self.policy
 
@@ -653,7 +820,9 @@ class Kms:
         if digest is None or digest in {self.policy.digest, self._not_found}:
             return False
         try:
-            new = self._load_policy(None)  # that its version rises was decided by the worker that loaded it first
+            new = await asyncio.to_thread(
+                self._load_policy, None
+            )  # that its version rises was decided by the worker that loaded it first
         except policy.BundleRefused:
             new = self.policy
         if new.digest != digest:
@@ -663,10 +832,14 @@ class Kms:
         await self.note("bundle_active")
         return True
 
-    async def note(self, op: str) -> None:
-        """Record an event of the node itself: start, stop, a new bundle."""
-        await self.log.append(
-            event.Admin(id=str(uuid.uuid4()), ts=self._clock(), node=self.node, op=op, pol=self.policy.digest[:32])
+    async def note(self, op: str, *, hsm: str | None = None) -> None:
+        """Record an event of the node itself: start, stop, a new bundle, an HSM that is lost or back."""
+        await self.log.append(self.admin_record(op, hsm=hsm))
+
+    def admin_record(self, op: str, **facts: Any) -> event.Admin:
+        """A record of something that no caller asked for."""
+        return event.Admin(
+            id=str(uuid.uuid4()), ts=self._clock(), node=self.node, op=op, pol=self.policy.digest[:32], **facts
         )
 
     async def create_token(self, ask: Ask, new: NewToken) -> tuple[ApiToken, str]:
@@ -707,30 +880,147 @@ class Kms:
 
         await self._control(ask, "revoke_token", {"token": token_id}, decide, plan)
 
+    async def explain_decision(self, ask: Ask, decision: str) -> tuple[dict[str, Any], Explanation]:
+        """A recorded decision and why it came out so, a tenant's own or any for an auditor of the installation.
+
+        NotFound for an unknown id and a foreign one alike; BundleLost, FactsLost if it cannot be made again.
+        """
+        async with self._recorded(_Entry(ask, "get_decision")) as entry:
+            self._allowed(entry, "explainDecision", self._tenant_of(ask))
+
+            try:
+                wanted = str(uuid.UUID(decision))
+            except ValueError:
+                raise NotFound("a decision's id is a UUID") from None
+
+            def read() -> tuple[dict[str, Any], Explanation]:
+                found = self.decisions.record(wanted, tenant=ask.caller.tenant)
+                if found is None:
+                    raise NotFound("no such decision, or none of the caller's")
+                return found, self.decisions.explained(found)
+
+            return await asyncio.to_thread(read)
+
+    async def simulate_policy(self, ask: Ask, files: Mapping[str, bytes], *, since: int, until: int) -> Replay:
+        """What a draft bundle would have decided of a recorded period (us), a tenant's own or all for an auditor.
+
+        BundleRefused if the draft cannot be used; nothing of it stays.
+        """
+        async with self._recorded(_Entry(ask, "simulate_policy")) as entry:
+            self._allowed(entry, "explainDecision", self._tenant_of(ask))
+            self._go(entry)
+
+            def replay() -> Replay:
+                draft = Policy.draft(files, known=self.policy)
+                return self.decisions.replay(tenant=ask.caller.tenant, since=since, until=until, draft=draft)
+
+            return await asyncio.to_thread(replay)
+
     async def search_records(self, ask: Ask, **wanted: Any) -> list[Any]:
         """Audit records, newest first: a tenant's own, or all for an auditor of the installation."""
         async with self._recorded(_Entry(ask, "search_records")) as entry:
-            if ask.caller.tenant is None:
-                self._allowed(entry, "readAllAudit", InstallationFacts())
-            else:
-                self._allowed(entry, "readAudit", self._tenant_of(ask))
-            return await asyncio.to_thread(self.log.records, tenant=ask.caller.tenant, **wanted)
+            self._may_audit(entry)
+            return await asyncio.to_thread(self.search.records, tenant=ask.caller.tenant, **wanted)
 
     async def audit_status(self, ask: Ask) -> dict[str, object]:
-        """State of this worker's chain."""
+        """State of this worker's chain, of all chains and of the newest checkpoint."""
         async with self._recorded(_Entry(ask, "audit_status")) as entry:
-            if ask.caller.tenant is None:
-                self._allowed(entry, "readAllAudit", InstallationFacts())
-            else:
-                self._allowed(entry, "readAudit", self._tenant_of(ask))
+            self._may_audit(entry)
             return {
                 "log": self.log.name,
                 "state": self.log.state,
+                "reason": self.log.reason or None,
+                "disk_used_percent": round(self.log.disk_used * 100),
                 "epoch": self.log.epoch,
                 "next_seq": self.log.next_seq,
                 "waiting": self.log.waiting,
                 "public_key": self.log.public_key().hex(),
+                "exposed_s": self.log.exposed_s,
+                "checkpoint": None
+                if self.log.checkpoint is None
+                else {
+                    "size": self.log.checkpoint[0],
+                    "root": self.log.checkpoint[1],
+                    "age_s": self.log.checkpoint_age_s,
+                },
+                "chains": await asyncio.to_thread(self.prover.chains),
             }
+
+    async def audit_checkpoint(self, ask: Ask, size: int | None = None) -> bytes:
+        """The newest signed checkpoint of the root log, or that of a size; NotCovered before the first one."""
+        return await self._proved(ask, "audit_checkpoint", lambda: self.prover.checkpoint(size))
+
+    async def audit_consistency(self, ask: Ask, old: int, size: int | None) -> bytes:
+        """That one checkpoint extends another; NotFound unless both were signed."""
+        return await self._proved(ask, "audit_consistency", lambda: self.prover.growth(old, size))
+
+    async def audit_proof(self, ask: Ask, chain: str, seq: int) -> bytes:
+        """The proof of a record, a tenant's own or any for an auditor of the installation; NotCovered if it is new."""
+        tenant = ask.caller.tenant
+        return await self._proved(ask, "audit_proof", lambda: self.prover.record(chain, seq, tenant=tenant))
+
+    async def root_tile(self, ask: Ask, level: int | None, index: int, width: int) -> bytes:
+        """A tile of the root log, or (level None) a bundle of its entries: they name no tenant."""
+        return await self._proved(ask, "audit_tile", lambda: self._tile(None, level, index, width))
+
+    async def chain_tile(self, ask: Ask, chain: str, level: int | None, index: int, width: int) -> bytes:
+        """As `root_tile`, of a chain: every tenant's records stand in it, so only the installation's auditor may."""
+        return await self._proved(ask, "audit_tile", lambda: self._tile(chain, level, index, width), everyone=True)
+
+    def _tile(self, chain: str | None, level: int | None, index: int, width: int) -> bytes | None:
+        if level is None:
+            return self.prover.entries(chain, index, width)
+        return self.prover.tile(chain, level, index, width)
+
+    async def tenant_bundle(self, ask: Ask, tenant: str, *, since: int) -> Bundle:
+        """All records of the caller's own tenant, or of any for an auditor of the installation, and their proof."""
+
+        def bundle() -> Bundle | None:
+            return self.prover.bundle(tenant, since=since) if ask.caller.tenant in {None, tenant} else None
+
+        return await self._proved(ask, "tenant_bundle", bundle)
+
+    async def _proved(self, ask: Ask, op: str, prove: Callable[[], T | None], *, everyone: bool = False) -> T:
+        async with self._recorded(_Entry(ask, op)) as entry:
+            if everyone:
+                self._allowed(entry, "readAllAudit", InstallationFacts())
+            else:
+                self._may_audit(entry)
+            found = await asyncio.to_thread(prove)
+            if found is None:
+                raise NotFound("nothing of that name, or nothing of the caller's")
+            return found
+
+    def _may_audit(self, entry: _Entry) -> None:
+        """A tenant's auditor reads its tenant's records, one of the installation all of them."""
+        if entry.ask.caller.tenant is None:
+            self._allowed(entry, "readAllAudit", InstallationFacts())
+        else:
+            self._allowed(entry, "readAudit", self._tenant_of(entry.ask))
+
+    # ---- a witness of other logs -------------------------------------------------------------------------------
+
+    async def witness_checkpoint(self, ask: Ask, body: bytes) -> Answer:
+        """Cosign a checkpoint of another log, C2SP tlog-witness; the record is durable before the cosignature leaves.
+
+        Anybody may ask: what counts is the log's own signature. Of a flood of refusals most are only counted. NotFound if
+        this node is no witness; RateLimited.
+        """
+        asked = _Entry(ask, "witness_checkpoint", in_len=len(body), rh=hashlib.sha256(body).hexdigest())
+        async with self._recorded(asked) as entry:
+            if self._witness is None:
+                raise NotFound("this node is no witness")
+            with self._strangers.admitted(ask.caller.source):
+                answer = await asyncio.to_thread(self._witness.add, body)
+            entry.refused = _WITNESS_REFUSALS.get(answer.status)
+            return answer
+
+    async def witnessed_checkpoint(self, source: str, origin_hash: str) -> Answer:
+        """The newest checkpoint of another log that was cosigned here; public as the log itself, so no record."""
+        if self._witness is None:
+            raise NotFound("this node is no witness")
+        with self._strangers.admitted(source):
+            return await asyncio.to_thread(self._witness.latest, origin_hash)
 
     async def whoami(self, ask: Ask) -> Caller:
         """What the service makes of the caller's credential."""
@@ -746,7 +1036,7 @@ class Kms:
         """Record a request that was refused before its operation began: malformed, invalid, too large."""
         entry = _Entry(ask, op)
         entry.refused, ask.decision_id = (out, why), entry.id
-        ask.receipt = await self.log.append(self._record(entry, None))
+        await self._append(entry, None)
 
     async def unidentified(self, *, source: str, request_id: str, arrived: int, why: str) -> Receipt:
         """Record a request whose caller or route is unknown."""
@@ -786,21 +1076,27 @@ class Kms:
         version: int | None = None,
         target: frozenset[str] = frozenset(),
     ) -> None:
-        number = version or key.latest.number
+        number = version or key.latest_number
         entry.key = key
         entry.facts |= {"key": str(key.id), "kv": key.kv, "tier": key.tier, "region": key.home}
+        destination = self._destination(entry)
+        if action not in PASSING:
+            self._unfrozen(entry, self._touching(entry.ask, key, destination))
         entry.wanted = _DIRECTION.get(action)
         if entry.wanted is not None:
             entry.version = number
-            check_use(key, number, entry.wanted)
-        destination = self._destination(entry)
+            check_use(key, number, entry.wanted, now=self._clock())
+        if entry.use.purpose is not None:
+            entry.facts["purpose"] = entry.use.purpose
+        if declared := destination - entry.ask.caller.places:
+            entry.facts["dest"] = tuple(sorted(declared))
         self._decide(
             entry,
             policy.Request(
                 caller=entry.ask.caller,
                 action=action,
-                resource=_facts(key, number),
-                now=self._clock() // 1_000_000,
+                resource=facts_of(key, number),
+                now=entry.ask.arrived // 1_000_000,  # the record's own time: a recompute has it too
                 hsm=key.home,
                 via=frozenset({self.region}),
                 dest=destination if action in _RELEASES else frozenset(),
@@ -810,15 +1106,46 @@ class Kms:
             ),
         )
 
-    def _allowed(self, entry: _Entry, action: str, resource: Resource) -> None:
-        """Ask the policy about something that is not a key."""
+    def _touching(self, ask: Ask, key: Key, destination: frozenset[str]) -> Touched:
+        return Touched(
+            key.tenant,
+            ask.caller.id,
+            key.home,
+            destination | {self.region},
+            key=str(key.id),
+            tags=key.tags,
+            tier=key.tier,
+        )
+
+    def _unfrozen(self, entry: _Entry, touched: Touched) -> None:
+        """Frozen or FreezeUnconfirmed unless nothing stops what is touched, which is looked at again before the answer."""
+        entry.touched = (*entry.touched, touched)
+        if self.freezes.now.epoch:
+            entry.facts["frz"] = self.freezes.now.epoch
+        try:
+            self._thawed(touched)
+        except (Frozen, FreezeUnconfirmed):
+            entry.facts["rule"] = ("FREEZE",)
+            raise
+
+    def _thawed(self, touched: Touched) -> None:
+        self.freezes.check(touched, around=self.policy.registry.around)
+
+    def _allowed(self, entry: _Entry, action: str, resource: Resource, *, new: NewKey | None = None) -> None:
+        """Ask the policy about something that is not a key, or not yet one."""
+        if action not in PASSING:
+            ask = entry.ask
+            touched = Touched(ask.caller.tenant, ask.caller.id, self.region, ask.caller.places | {self.region})
+            if new is not None:
+                touched = touched._replace(region=new.home, tags=new.tags, tier=new.tier)
+            self._unfrozen(entry, touched)
         self._decide(
             entry,
             policy.Request(
                 caller=entry.ask.caller,
                 action=action,
                 resource=resource,
-                now=self._clock() // 1_000_000,
+                now=entry.ask.arrived // 1_000_000,
                 hsm=self.region,
                 via=frozenset({self.region}),
                 reason=self._reason(entry),
@@ -826,16 +1153,19 @@ class Kms:
         )
 
     def _decide(self, entry: _Entry, request: policy.Request) -> None:
+        entry.facts["facts"] = self._digests.of(request)
         # Within one batch the same question has the same answer.
         decision = entry.memo.get(request) if entry.memo is not None else None
         if decision is None:
-            decision = self.policy.decide(request)
+            decision = self.shadow.decide(self.policy, request, entry.id)
             if entry.memo is not None:
                 entry.memo[request] = decision
         entry.decision = entry.ask.decision = decision
         entry.facts["pol"] = decision.digest[:32]
         if decision.rules:
             entry.facts["rule"] = decision.rules[:8]
+        else:
+            entry.facts.pop("rule", None)  # of an earlier decision for the same record
         if not decision.allowed:
             raise policy.Denied(decision)
 
@@ -859,15 +1189,14 @@ class Kms:
     async def _inside(self, key: Key, call: Callable[[], T]) -> T:
         return await self._at(key.home, call)
 
-    async def _at(self, region: str, call: Callable[[], T]) -> T:
-        executor = self._hsms.executor(region)
-        if executor is None:
-            return call()
-        return await asyncio.get_running_loop().run_in_executor(executor, call)
+    async def _at(self, region: str, call: Callable[[], T], *, slow: bool = False) -> T:
+        return await self._hsms.run(region, call, slow=slow)
 
-    def _accepting(self) -> None:
+    def _accepting(self, op: str) -> None:
+        """Draining, or audit.log.Unavailable: what could not be recorded is not begun."""
         if self.draining:
             raise Draining("this node is shutting down")
+        self.log.accepting(op)
 
     def _go(self, entry: _Entry) -> None:
         """The end of a dry run: everything was decided, nothing was done."""
@@ -880,25 +1209,59 @@ class Kms:
         ask = entry.ask
         ask.decision_id = entry.id
         try:
-            self._accepting()
+            self._accepting(entry.op)
             yield entry
             self._go(entry)
         except Exception as error:
-            ask.receipt = await self.log.append(self._record(entry, error))
+            await self._append(entry, error)
             raise
-        ask.receipt = await self.log.append(self._record(entry, None))
+        await self._append(entry, None)
         late = await self._withhold(entry)
         if late is not None:
             raise late
 
+    async def _append(self, entry: _Entry, error: Exception | None) -> None:
+        """Make the record of an operation durable; of a flood of refused strangers, count it."""
+        ask, record = entry.ask, self._record(entry, error)
+        if ask.caller.authn == "none" and record.why is not None and self.log.state == "RUNNING":
+            ask.counted = self._refusals.only_counted(ask.caller.source, record.why)
+        if not ask.counted:
+            ask.receipt = await self.log.append(record)
+
+    async def tell_refusals(self) -> None:
+        """Record how many refusals were only counted since the last time; those that cannot be are kept for the next."""
+        counted = self._refusals.taken()
+        try:
+            while counted:
+                c = counted[-1]
+                record = event.Suppressed(
+                    id=str(uuid.uuid4()),
+                    ts=self._clock(),
+                    node=self.node,
+                    src=c.source or None,
+                    why=c.why,
+                    count=c.count,
+                    from_=c.since,
+                    to=c.until,
+                )
+                await self.log.append(record)
+                counted.pop()
+        finally:
+            self._refusals.give_back(counted)
+
     async def _withhold(self, entry: _Entry) -> Exception | None:
-        """The reason not to release a recorded result: the key was stopped while the record became durable."""
-        if entry.key is None or entry.wanted is None or self.keystore.current(entry.key):
+        """The reason not to release a recorded result: it was stopped while the record became durable."""
+        key, wanted = entry.key, entry.wanted
+        changed = key is not None and wanted is not None and not self.keystore.current(key)
+        if not changed and not entry.touched:
             return None
         try:
-            fresh = self.keystore.by_id(entry.key.id)
-            check_use(fresh, entry.version or fresh.latest.number, entry.wanted)
-        except Exception as error:  # stopped, destroyed, fenced or unknown now: all the same to the result
+            for touched in entry.touched:
+                self._thawed(touched)
+            if changed and key is not None and wanted is not None:
+                fresh = self.keystore.by_id(key.id)
+                check_use(fresh, entry.version or fresh.latest_number, wanted, now=self._clock())
+        except Exception as error:  # frozen, stopped, destroyed, fenced or unknown now: all the same to the result
             await self.log.append(
                 event.Withheld(
                     id=str(uuid.uuid4()),
@@ -921,12 +1284,19 @@ class Kms:
         plan: Callable[[T], Plan],
         *,
         region: str | None = None,
+        slow: bool = False,
+        beside: bool = False,
     ) -> Plan:
-        """Decide; make the intent durable; act; commit outcome and change in one transaction."""
+        """Decide; make the intent durable; act; commit outcome and change in one transaction.
+
+        `slow` acts make or take in keys, which may take seconds: they never run on the event loop. Stopping a key is not
+        slow: it must not wait for its turn beside a loop that is busy with the uses it stops. `beside` acts reach no HSM
+        and compute for long: they run on a thread of their own.
+        """
         entry = _Entry(ask, op, rh=request_hash(op, parameters))
         ask.decision_id = entry.id
         try:
-            self._accepting()
+            self._accepting(op)
             subject = decide(entry)
             if ask.dry_run and entry.decision is not None:
                 raise WouldAllow(entry.decision)
@@ -935,10 +1305,13 @@ class Kms:
             raise
         await self.log.append(self._record(entry, None, kind=event.Intent))
         done = _Entry(ask, op, **{**entry.facts, "intent": entry.id})
-        done.key, done.decision = entry.key, entry.decision
+        done.key, done.decision, done.touched = entry.key, entry.decision, entry.touched
         home = region or (entry.key.home if entry.key is not None else self.region)
         try:
-            made = await self._at(home, lambda: plan(subject))
+            if beside:
+                made = await asyncio.to_thread(plan, subject)
+            else:
+                made = await self._at(home, lambda: plan(subject), slow=slow)
         except Exception as error:
             ask.receipt = await self.log.append(self._record(done, error, kind=event.Outcome))
             raise
@@ -947,6 +1320,8 @@ class Kms:
 
     async def _commit(self, ask: Ask, done: _Entry, made: Plan) -> None:
         def write(connection: Connection) -> None:
+            for touched in done.touched:  # a change that was decided before a freeze does not come after it
+                self._thawed(touched)
             made.write(connection)
             if ask.remember is not None:
                 ask.remember(connection, made.key)
@@ -971,6 +1346,10 @@ class Kms:
     def _record(self, entry: _Entry, error: Exception | None, *, kind: type[Any] = event.Op) -> Any:
         ask, caller, now = entry.ask, entry.ask.caller, self._clock()
         out, why = ("ok", None) if error is None or isinstance(error, WouldAllow) else outcome_of(error)
+        if isinstance(error, RowDamaged):
+            self.damaged_rows += 1
+            told = {"op": entry.op, "tenant": caller.tenant, "request_id": ask.request_id, "reason": str(error)}
+            alarm.critical("a stored key row was changed outside the service", extra={"facts": told})
         if entry.refused is not None:
             out, why = entry.refused
         facts = dict(entry.facts)
@@ -1031,7 +1410,7 @@ class Kms:
         """Have every tenant's audit key at hand before the first request, so that recording calls no HSM."""
         for name in self.policy.registry.tenant_names():
             known = self.keystore.has_tenant_secret(name)
-            self._secrets[name] = await self._at(self.region, lambda n=name: self.keystore.tenant_secret(n))  # type: ignore[misc]
+            self._secrets[name] = await self._at(self.region, partial(self.keystore.tenant_secret, name))
             if not known:
                 await self.note("tenant_audit_key")
 
@@ -1050,7 +1429,7 @@ def _bar(key: Key | NewKey) -> dict[str, Any]:
     }
 
 
-def _facts(key: Key, version: int) -> KeyFacts:
+def facts_of(key: Key, version: int) -> KeyFacts:
     """A key as the policy sees it: the stricter of the states of key and version counts."""
     state = key.state
     if state is KeyState.ACTIVE and 1 <= version <= len(key.versions):

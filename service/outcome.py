@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from typing import Final
 
+import audit.chain
 import audit.log
+import audit.proofs
+import audit.tree
 import keystore
 import policy
-from service.rows import NoSuchToken
+from service.admission import RateLimited
+from service.approvals import ApprovalRefused
+from service.decisions import BundleLost, FactsLost
+from service.rows import ApprovalDamaged, NoSuchToken
 
 
 class NotFound(Exception):
@@ -38,6 +44,10 @@ class EtagMissing(Exception):
     """A change of a key needs `If-Match`."""
 
 
+class HsmStateInvalid(Exception):
+    """The state of the HSMs, or of a drill with them, does not allow this; the message says which and what to do."""
+
+
 class TierNotMet(Exception):
     """The key would not meet its tier; `missing` names each unmet condition."""
 
@@ -56,6 +66,10 @@ class Withheld(Exception):
     def __init__(self, state: str) -> None:
         super().__init__(state)
         self.state = state
+
+
+class ApprovalClosed(Exception):
+    """The request was executed or cancelled, or its time is over."""
 
 
 class PageTokenInvalid(Exception):
@@ -84,18 +98,34 @@ OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
     keystore.InputRefused: (FAILED, "validation_failed"),
     RequestInvalid: (FAILED, "validation_failed"),
     keystore.UsageMismatch: (FAILED, "key_usage_invalid"),
+    keystore.NoSuchHsm: (DENIED, "not_found"),
+    keystore.GroupWouldBeEmpty: (DENIED, "hsm_state_invalid"),
+    HsmStateInvalid: (DENIED, "hsm_state_invalid"),
     keystore.UnsupportedByHsm: (FAILED, "algorithm_not_supported_by_hsm"),
     PageTokenInvalid: (FAILED, "page_token_invalid"),
     TierNotMet: (DENIED, "tier_not_met"),
     policy.BundleRefused: (FAILED, "validation_failed"),
+    policy.Frozen: (DENIED, "frozen"),
+    policy.FreezeUnconfirmed: (ERROR, "freeze_unconfirmed"),
+    policy.FreezeGone: (FAILED, "freeze_lifted"),
+    ApprovalRefused: (DENIED, "approval_refused"),
+    ApprovalClosed: (FAILED, "approval_closed"),
+    ApprovalDamaged: (ERROR, "internal"),
     policy.UnknownPlace: (FAILED, "validation_failed"),
     keystore.HsmTimeout: (ERROR, "hsm_timeout"),
     keystore.HsmUnavailable: (ERROR, "hsm_unavailable"),
+    keystore.HsmEmpty: (ERROR, "hsm_unavailable"),
     keystore.HsmFault: (ERROR, "hsm_error"),
     keystore.RowDamaged: (ERROR, "internal"),
     keystore.SelfTestFailed: (ERROR, "hsm_unavailable"),
     keystore.KeyLimitReached: (DENIED, "quota_exceeded"),
+    RateLimited: (DENIED, "rate_limited"),
     Draining: (ERROR, "draining"),
+    BundleLost: (FAILED, "bundle_lost"),
+    FactsLost: (FAILED, "facts_lost"),
+    audit.proofs.NotCovered: (ERROR, "checkpoint_pending"),
+    audit.tree.Pruned: (FAILED, "record_archived"),
+    audit.chain.Bad: (ERROR, "audit_damaged"),
     audit.log.Unavailable: (ERROR, "audit_unavailable"),
     audit.log.Fenced: (ERROR, "audit_unavailable"),
 }

@@ -10,12 +10,21 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from sqlalchemy import Engine
 
+from audit.forward import Forwarder, lags
+from audit.witness import Witnessing
+from keystore import Admin
 from service.kms import Ask, Kms
+from service.rows import Operations
 
 log: Final = logging.getLogger("skms.request")
 
@@ -71,11 +80,139 @@ def configure_logging(level: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+class _HsmMetrics(Collector):
+    """The HSMs as they are when somebody asks. No label but the HSM's name: rates by region are for the reader."""
+
+    def __init__(self, kms: Kms) -> None:
+        self._kms = kms
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges and counters of each HSM."""
+        up = GaugeMetricFamily("skms_hsm_up", "1 while the HSM serves", labels=["hsm"])
+        drained = GaugeMetricFamily("skms_hsm_drained", "1 while the HSM gets no calls", labels=["hsm"])
+        epoch = GaugeMetricFamily("skms_hsm_epoch", "Logins and re-initialisations so far", labels=["hsm"])
+        cached = GaugeMetricFamily("skms_hsm_cached_keys", "Keys unwrapped and cached", labels=["hsm"])
+        sessions = GaugeMetricFamily("skms_hsm_sessions_open", "PKCS#11 sessions open", labels=["hsm"])
+        inside = GaugeMetricFamily("skms_hsm_in_flight", "Calls that have not ended", labels=["hsm"])
+        calls = CounterMetricFamily("skms_hsm_calls", "Calls so far", labels=["hsm"])
+        errors = CounterMetricFamily("skms_hsm_errors", "Calls that failed, by CKR name", labels=["hsm", "code"])
+        failovers = CounterMetricFamily("skms_hsm_failovers", "Calls another HSM had to take over", labels=["hsm"])
+        for member in self._kms.fleet.members():
+            name = [member.name]
+            up.add_metric(name, float(member.state == "UP"))
+            drained.add_metric(name, float(member.admin is Admin.DRAINED))
+            inside.add_metric(name, member.in_flight)
+            calls.add_metric(name, member.calls)
+            failovers.add_metric(name, member.failovers)
+            for code, count in member.errors.items():
+                errors.add_metric([member.name, code], count)
+            if member.token is not None:
+                epoch.add_metric(name, member.token.epoch)
+                cached.add_metric(name, member.token.cached_keys)
+                sessions.add_metric(name, member.token.sessions_open)
+        yield from (up, drained, epoch, cached, sessions, inside, calls, errors, failovers)
+
+
+class _DrillMetrics(Collector):
+    """The newest drill of each vendor and outcome, and the refused requests of all drills."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+
+    def collect(self) -> Iterator[Metric]:
+        """How long exits took, and whom they cost an answer."""
+        took = GaugeMetricFamily(
+            "skms_exit_drill_seconds", "Time of the newest exit drill", labels=["vendor", "outcome"]
+        )
+        refused = CounterMetricFamily("skms_exit_failed_requests", "Requests refused during confirmed exit drills")
+        seen, failed = set(), 0
+        for drill in self._operations.find(kind="drill", limit=1_000):
+            if drill.state == "running":
+                continue
+            failed += drill.outcome.get("refused", 0)
+            labels = (drill.parameters["vendor"], drill.state)
+            if labels not in seen:
+                seen.add(labels)
+                took.add_metric(labels, drill.outcome["seconds"])
+        refused.add_metric([], failed)
+        yield from (took, refused)
+
+
+class _AuditState(Collector):
+    """The state of this worker's chain: 1 for the one it is in."""
+
+    def __init__(self, kms: Kms) -> None:
+        self._kms = kms
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample for each state."""
+        states = GaugeMetricFamily("skms_audit_state", "1 for the state of the chain", labels=["state"])
+        for state in ("STARTING", "RUNNING", "DEGRADED", "FENCED", "ROLLED_BACK", "CLOSED"):
+            states.add_metric([state], float(self._kms.log.state == state))
+        yield states
+
+
+class _SinkMetrics(Collector):
+    """How far the receivers of the log are behind, as the database has it, and what went wrong in this worker."""
+
+    def __init__(self, engine: Engine, sinks: Sequence[Forwarder], clock: Callable[[], int]) -> None:
+        self._engine, self._sinks, self._clock = engine, sinks, clock
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges and counters of each sink. No label but its name."""
+        records = GaugeMetricFamily("skms_audit_sink_lag_records", "Records still to be forwarded", labels=["sink"])
+        seconds = GaugeMetricFamily("skms_audit_sink_lag_seconds", "Age of the oldest of them", labels=["sink"])
+        refused = GaugeMetricFamily(
+            "skms_audit_sink_refused", "1 while the receiver refuses a record: any is an alarm", labels=["sink"]
+        )
+        failures = CounterMetricFamily("skms_audit_sink_failures", "Deliveries that failed", labels=["sink"])
+        skipped = CounterMetricFamily("skms_audit_sink_skipped", "Records given up, each recorded", labels=["sink"])
+        for name, lag in lags(self._engine, tuple(s.name for s in self._sinks), self._clock()).items():
+            records.add_metric([name], lag.records)
+            seconds.add_metric([name], lag.seconds)
+            refused.add_metric([name], float(lag.refused))
+        for sink in self._sinks:
+            failures.add_metric([sink.name], sink.failures)
+            skipped.add_metric([sink.name], sink.skips)
+        yield from (records, seconds, refused, failures, skipped)
+
+
+class _WitnessMetrics(Collector):
+    """What each witness has cosigned, on the worker that asks them."""
+
+    def __init__(self, witnessing: Witnessing) -> None:
+        self._witnessing = witnessing
+
+    def collect(self) -> Iterator[Metric]:
+        """Sizes, and failures of each witness."""
+        witnessed = GaugeMetricFamily("skms_audit_witnessed_size", "Entries of the root log that a quorum cosigned")
+        lag = GaugeMetricFamily(
+            "skms_audit_witness_lag_seconds", "Time since a witness last cosigned", labels=["witness"]
+        )
+        failures = CounterMetricFamily("skms_audit_witness_failures", "Rounds without its answer", labels=["witness"])
+        witnessed.add_metric([], self._witnessing.witnessed)
+        for name, seen in self._witnessing.pusher.seen.items():
+            if seen.time:
+                lag.add_metric([name], max(0.0, time.time() - seen.time))
+            failures.add_metric([name], seen.failures)
+        yield from (witnessed, lag, failures)
+
+
+class _Count(Collector):
+    """A counter that is kept elsewhere."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> list[Metric]:
+        """Its value now."""
+        return [CounterMetricFamily(self._name, self._text, value=self._value())]
+
+
 class Observer:
     """Counts and logs every request. Labels are closed sets: no tenant, key or caller is one (COSMIAN-2026-004)."""
 
-    def __init__(self, kms: Kms, *, node: str, version: str) -> None:
-        self._kms = kms
+    def __init__(self, kms: Kms, operations: Operations, *, node: str, version: str) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "skms_operations_total",
@@ -101,16 +238,60 @@ class Observer:
             "1 while the chain can be written",
             lambda: float(kms.log.state == "RUNNING"),
         )
-        self._gauge("skms_audit_group_records", "Records in the last commit group", lambda: kms.log.last_group_size)
+        self._gauge(
+            "skms_audit_checkpoint_age_seconds", "Age of the newest checkpoint", lambda: kms.log.checkpoint_age_s
+        )
+        self._gauge("skms_audit_exposed_seconds", "How long a record stands without one", lambda: kms.log.exposed_s)
+        self._group = Histogram(
+            "skms_audit_commit_group_records",
+            "Records in a commit",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+            registry=self.registry,
+        )
+        self._commit = Histogram(
+            "skms_audit_commit_seconds", "Time of a commit", buckets=_BUCKETS, registry=self.registry
+        )
+        kms.log.observe = self._committed
+        self._gauge("skms_audit_disk_used_ratio", "Part of the audit log's disk in use", lambda: kms.log.disk_used)
+        self._count("skms_audit_withheld", "Records whose results were not released", lambda: kms.log.withheld)
+        self._count("skms_audit_clock_steps", "Steps of the clock", lambda: kms.log.clock_steps)
+        self.registry.register(_AuditState(kms))
+        self._gauge(
+            "skms_key_rows_damaged",
+            "Uses of key rows that were changed outside the service: any is an alarm",
+            lambda: kms.damaged_rows,
+        )
         self._gauge("skms_policy_version", "Version of the policy bundle in force", lambda: kms.policy.version)
-        up = Gauge("skms_hsm_up", "1 while the HSM serves", ["hsm", "region"], registry=self.registry)
-        epoch = Gauge("skms_hsm_epoch", "Logins and re-initialisations so far", ["hsm"], registry=self.registry)
-        cached = Gauge("skms_hsm_cached_keys", "Keys unwrapped and cached", ["hsm"], registry=self.registry)
-        sessions = Gauge("skms_hsm_sessions_open", "PKCS#11 sessions open", ["hsm"], registry=self.registry)
-        self._hsm = (up, epoch, cached, sessions)
+        self._gauge("skms_freezes", "Freezes in force", lambda: len(kms.freezes.now.freezes))
+        self._gauge(
+            "skms_freezes_age_seconds",
+            "Time since this worker read the freezes: above the lease of a tier it refuses that tier's keys",
+            lambda: float("inf") if kms.freezes.age_s is None else kms.freezes.age_s,
+        )
+        self.registry.register(_HsmMetrics(kms))
+        self.registry.register(_DrillMetrics(operations))
+        self._count("skms_policy_oracle_checked", "Decisions made again by Cedar itself", lambda: kms.shadow.checked)
+        self._count(
+            "skms_policy_oracle_mismatch", "Of those, decided otherwise: must be 0", lambda: kms.shadow.mismatches
+        )
 
     def _gauge(self, name: str, text: str, value: Any) -> None:
         Gauge(name, text, registry=self.registry).set_function(value)
+
+    def _count(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self.registry.register(_Count(name, text, value))
+
+    def _committed(self, records: int, seconds: float) -> None:
+        self._group.observe(records)
+        self._commit.observe(seconds)
+
+    def watch_sinks(self, engine: Engine, sinks: Sequence[Forwarder], clock: Callable[[], int]) -> None:
+        """Show how far the receivers of the log are behind."""
+        self.registry.register(_SinkMetrics(engine, sinks, clock))
+
+    def watch_witnesses(self, witnessing: Witnessing) -> None:
+        """Show what the witnesses cosign."""
+        self.registry.register(_WitnessMetrics(witnessing))
 
     def observe(self, ask: Ask, source: str, method: str, status: int, now: int) -> None:
         """One request ended."""
@@ -140,10 +321,4 @@ class Observer:
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus text format."""
-        up, epoch, cached, sessions = self._hsm
-        for status in self._kms.keystore.hsm_status():
-            up.labels(status.name, status.region).set(float(status.state == "UP"))
-            epoch.labels(status.name).set(status.epoch)
-            cached.labels(status.name).set(status.cached_keys)
-            sessions.labels(status.name).set(status.sessions_open)
         return generate_latest(self.registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -10,7 +11,7 @@ import secrets
 import string
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
@@ -60,9 +61,52 @@ _setting: Final = sa.Table(
     sa.Column("value", sa.Text, nullable=False),
 )
 
+_approval: Final = sa.Table(
+    "service_approval",
+    tables,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(64)),
+    sa.Column("content", sa.Text, nullable=False),  # the request as it is approved
+    sa.Column("state", sa.String(16), nullable=False),  # open, executed, cancelled
+    sa.Column("approvals", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("region", sa.String(64), nullable=False),  # whose HSMs know the key of the MAC
+    sa.Column("mac", sa.LargeBinary, nullable=False),
+)
+
+_operation: Final = sa.Table(
+    "service_operation",
+    tables,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),  # running, succeeded, failed, cancelled
+    sa.Column("step", sa.String(16), nullable=False),
+    sa.Column("parameters", sa.Text, nullable=False),
+    sa.Column("position", sa.Text, nullable=False),  # where a new owner goes on
+    sa.Column("done", sa.BigInteger, nullable=False),
+    sa.Column("total", sa.BigInteger, nullable=False),
+    sa.Column("outcome", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+)
+
 BASE62: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
 NEVER_FOR_TOKENS: Final = frozenset(
-    {"destroy", "completeDeletion", "scheduleDeletion", "setPolicy", "reloadPolicy", "export", "escrow", "replicate"}
+    {
+        "destroy",
+        "completeDeletion",
+        "scheduleDeletion",
+        "setPolicy",
+        "reloadPolicy",
+        "export",
+        "escrow",
+        "replicate",
+        "hsmDrain",
+        "hsmUndrain",
+        "hsmDrill",
+        "liftFreeze",
+        "approve",
+    }
 )
 KEPT_US: Final = 24 * 3_600 * 1_000_000
 ABANDONED_US: Final = 120 * 1_000_000  # a request ends long before: its process died
@@ -158,6 +202,12 @@ class ApiTokens(_Hidden):
     def digest(self, text: str) -> bytes:
         """What is stored of a token."""
         return hmac.digest(self._pepper, text.encode(), "sha256")
+
+    def known(self, token_id: str) -> ApiToken | None:
+        """A token, live or not: who held it."""
+        with self._engine.execution_options(reading=True).connect() as connection:
+            row = connection.execute(sa.select(_token).where(_token.c.token_id == token_id)).mappings().first()
+        return None if row is None else _token_of(row)
 
     def find(self, token_id: str) -> tuple[ApiToken, bytes] | None:
         """A live token and its stored digest."""
@@ -325,7 +375,12 @@ class Settings:
     def put(connection: Connection, name: str, value: str) -> None:
         """Set a value, in the transaction of the caller."""
         if connection.execute(sa.update(_setting).where(_setting.c.name == name).values(value=value)).rowcount == 0:
-            connection.execute(sa.insert(_setting), [{"name": name, "value": value}])
+            Settings.add(connection, name, value)
+
+    @staticmethod
+    def add(connection: Connection, name: str, value: str) -> None:
+        """Set a value for the first time, in the transaction of the caller; IntegrityError if there is one."""
+        connection.execute(sa.insert(_setting), [{"name": name, "value": value}])
 
 
 class Lease:
@@ -342,20 +397,190 @@ class Lease:
             row = connection.execute(sa.select(_lease).where(_lease.c.name == name)).mappings().first()
             if row is None:
                 values = {"name": name, "owner": owner, "epoch": 1, "until": until}
-                connection.execute(sa.insert(_lease), [values])
+                try:
+                    with connection.begin_nested():
+                        connection.execute(sa.insert(_lease), [values])
+                except IntegrityError:  # another process was first
+                    return None
                 return 1
             held = row["owner"] == owner
             if not held and row["until"] > now:
                 return None
             epoch = int(row["epoch"]) + (0 if held else 1)
-            connection.execute(
-                sa.update(_lease).where(_lease.c.name == name).values(owner=owner, epoch=epoch, until=until)
+            # Compare and swap: on PostgreSQL two processes may have read the same expired row, and an epoch has one owner.
+            taken = connection.execute(
+                sa.update(_lease)
+                .where(_lease.c.name == name, _lease.c.owner == row["owner"], _lease.c.epoch == row["epoch"])
+                .values(owner=owner, epoch=epoch, until=until)
             )
-            return epoch
+            return epoch if taken.rowcount == 1 else None
+
+    def release(self, name: str, owner: str) -> None:
+        """Give a lease back before it ends, if this owner still holds it; the next holder gets the next epoch."""
+        with self._engine.begin() as connection:
+            mine = sa.update(_lease).where(_lease.c.name == name, _lease.c.owner == owner)
+            connection.execute(mine.values(owner="", until=self._clock()))
 
     @staticmethod
     def fence(connection: Connection, name: str, epoch: int) -> None:
-        """LeaseLost unless the lease still has this epoch, in the transaction of the caller."""
-        current = connection.execute(sa.select(_lease.c.epoch).where(_lease.c.name == name)).scalar()
+        """LeaseLost unless the lease still has this epoch, in the transaction of the caller, until that ends.
+
+        The row is locked where the database locks rows: nobody takes the lease over between this look and COMMIT.
+        """
+        chosen = sa.select(_lease.c.epoch).where(_lease.c.name == name).with_for_update(read=True)
+        current = connection.execute(chosen).scalar()
         if current != epoch:
             raise LeaseLost(f"lease {name} moved on to epoch {current}")
+
+
+class ApprovalDamaged(Exception):
+    """The row of an approval request was changed outside the service."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredApproval:
+    """A request that waits for approvals, and those it has: name -> signature (hex)."""
+
+    id: str
+    tenant: str | None
+    content: str
+    state: str
+    approvals: Mapping[str, str]
+    created_at: int
+
+
+class ApprovalRows:
+    """Requests for approval. Each row is under a MAC; `key` gives a region's MAC key, `region` is that of this node."""
+
+    _LABEL: Final = b"skms/row/approval/1\0"
+
+    def __init__(self, engine: Engine, *, key: Callable[[str], bytes], region: str) -> None:
+        self._engine, self._key, self._region = engine, key, region
+
+    def get(self, approval_id: str) -> StoredApproval | None:
+        """One request; ApprovalDamaged."""
+        with self._engine.execution_options(reading=True).connect() as connection:
+            row = connection.execute(sa.select(_approval).where(_approval.c.id == approval_id)).mappings().first()
+        return None if row is None else self._checked(row)
+
+    def list(self, tenant: str | None, *, limit: int = 200) -> list[StoredApproval]:
+        """Those of a tenant, or all (None), newest first; ApprovalDamaged."""
+        chosen = sa.select(_approval).order_by(_approval.c.created_at.desc(), _approval.c.id).limit(limit)
+        if tenant is not None:
+            chosen = chosen.where(_approval.c.tenant == tenant)
+        with self._engine.execution_options(reading=True).connect() as connection:
+            return [self._checked(row) for row in connection.execute(chosen).mappings()]
+
+    def held(self, connection: Connection, approval_id: str) -> StoredApproval | None:
+        """One request, which nobody else changes before the transaction of the caller ends; ApprovalDamaged."""
+        chosen = sa.select(_approval).where(_approval.c.id == approval_id).with_for_update()
+        row = connection.execute(chosen).mappings().first()
+        return None if row is None else self._checked(row)
+
+    def insert(self, connection: Connection, new: StoredApproval) -> None:
+        """A new request, in the transaction of the caller."""
+        connection.execute(sa.insert(_approval), [self._values(new)])
+
+    def update(self, connection: Connection, changed: StoredApproval) -> None:
+        """A request that the caller holds, in the same transaction."""
+        connection.execute(sa.update(_approval).where(_approval.c.id == changed.id).values(self._values(changed)))
+
+    def _values(self, stored: StoredApproval) -> dict[str, Any]:
+        values = dataclasses.asdict(stored) | {
+            "approvals": json.dumps(dict(stored.approvals), sort_keys=True),
+            "region": self._region,
+        }
+        return values | {"mac": self._mac(values)}
+
+    def _mac(self, values: Mapping[str, Any]) -> bytes:
+        text = json.dumps(dict(values), sort_keys=True)
+        return hmac.digest(self._key(values["region"]), self._LABEL + text.encode(), "sha256")
+
+    def _checked(self, row: sa.RowMapping) -> StoredApproval:
+        values = {str(n): v for n, v in row.items() if n != "mac"}
+        if not hmac.compare_digest(self._mac(values), row["mac"]):
+            raise ApprovalDamaged(f"approval {row['id']} was changed outside the service")
+        del values["region"]
+        return StoredApproval(**values | {"approvals": json.loads(row["approvals"])})
+
+
+class NoSuchOperation(Exception):
+    """No long-running operation has this id."""
+
+
+class OperationMoved(Exception):
+    """The operation is no longer at the step it was seen at: somebody ended it, or another worker went on with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A long-running operation and where it stands. `parameters` never change, `position` is its job's own."""
+
+    id: str
+    kind: str
+    state: str
+    step: str
+    parameters: Mapping[str, Any]
+    position: Mapping[str, Any]
+    done: int
+    total: int
+    outcome: Mapping[str, Any]
+    created_at: int
+    updated_at: int
+
+
+class Operations:
+    """Long-running operations: each is moved on by one worker at a time, and by any after that one died."""
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], int]) -> None:
+        self._engine, self._clock = engine, clock
+
+    def get(self, operation_id: str) -> Operation:
+        """One operation; NoSuchOperation."""
+        found = self._select(_operation.c.id == operation_id)
+        if not found:
+            raise NoSuchOperation(f"no operation {operation_id}")
+        return found[0]
+
+    def find(self, *, kind: str, state: str | None = None, limit: int = 100) -> list[Operation]:
+        """Operations of a kind, newest first."""
+        wanted = _operation.c.kind == kind
+        return self._select(wanted if state is None else wanted & (_operation.c.state == state), limit=limit)
+
+    def running(self, connection: Connection, kind: str) -> list[Operation]:
+        """Those that run, as a transaction sees them."""
+        wanted = sa.select(_operation).where(_operation.c.kind == kind, _operation.c.state == "running")
+        return [_operation_of(row) for row in connection.execute(wanted).mappings()]
+
+    def _select(self, wanted: sa.ColumnElement[bool], *, limit: int = 1) -> list[Operation]:
+        chosen = sa.select(_operation).where(wanted).order_by(_operation.c.created_at.desc()).limit(limit)
+        with self._engine.execution_options(reading=True).connect() as connection:
+            return [_operation_of(row) for row in connection.execute(chosen).mappings()]
+
+    def insert(self, connection: Connection, operation: Operation) -> None:
+        """A new operation."""
+        connection.execute(sa.insert(_operation), [_operation_values(operation)])
+
+    def move(self, connection: Connection, seen: Operation, **changes: Any) -> Operation:
+        """The operation with changes, if it still runs at the step and position it was seen at; else OperationMoved."""
+        moved = dataclasses.replace(seen, updated_at=self._clock(), **changes)
+        there = (_operation.c.id == seen.id) & (_operation.c.state == seen.state) & (_operation.c.step == seen.step)
+        values = {k: v for k, v in _operation_values(moved).items() if k not in {"id", "parameters", "created_at"}}
+        if connection.execute(sa.update(_operation).where(there).values(values)).rowcount != 1:
+            raise OperationMoved(f"operation {seen.id} is not at step {seen.step} any more")
+        return moved
+
+    def save(self, seen: Operation, lease: tuple[str, int], **changes: Any) -> Operation:
+        """As `move`, in a transaction of its own, by the holder of a lease; LeaseLost if that is another by now."""
+        with self._engine.begin() as connection:
+            Lease.fence(connection, *lease)
+            return self.move(connection, seen, **changes)
+
+
+def _operation_values(operation: Operation) -> dict[str, Any]:
+    values = {f.name: getattr(operation, f.name) for f in dataclasses.fields(operation)}
+    return values | {n: json.dumps(dict(values[n])) for n in ("parameters", "position", "outcome")}
+
+
+def _operation_of(row: Any) -> Operation:
+    return Operation(**{**row, **{n: json.loads(row[n]) for n in ("parameters", "position", "outcome")}})

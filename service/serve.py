@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import socket
 from typing import Final
 
+import uvicorn
 import uvloop
 
 from service.config import Config
@@ -16,9 +18,24 @@ from service.server import server_of, tls_context
 from service.wiring import wire
 
 log: Final = logging.getLogger("skms.serve")
+FENCED: Final = 71  # EX_OSERR of sysexits.h: start again
 
 
-async def _run(config: Config, sockets: list[socket.socket] | None) -> None:
+async def _tell(server: uvicorn.Server, ready_fd: int) -> None:
+    """Tell the supervisor that this worker serves."""
+    while not server.started:  # noqa: ASYNC110 - uvicorn has a flag, not an event
+        await asyncio.sleep(0.02)
+    os.write(ready_fd, b"1")
+    os.close(ready_fd)
+
+
+async def _leave_when_fenced(server: uvicorn.Server, fenced: asyncio.Event) -> None:
+    """End a worker whose chain another writer owns: it can record nothing more, and the supervisor starts another."""
+    await fenced.wait()
+    server.should_exit = True
+
+
+async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: int | None) -> int:
     async with wire(config) as node:
         listen = config.listen
         context = tls_context(str(listen.certificate), str(listen.private_key), str(listen.client_ca))
@@ -26,16 +43,25 @@ async def _run(config: Config, sockets: list[socket.socket] | None) -> None:
         # What lives now lives until the end: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        gc.enable()  # off since the imports began (service.cli.serving)
         if node.kms.policy.development:
             log.warning("development charter in force: K6 and K7 are lowered; never use this node for real keys")
         log.info("serving", extra={"facts": {"node": node.kms.node, "region": node.kms.region, "port": listen.port}})
+        telling = None if ready_fd is None else asyncio.create_task(_tell(server, ready_fd))
+        leaving = asyncio.create_task(_leave_when_fenced(server, node.kms.log.fenced))
         await server.serve(sockets)
+        leaving.cancel()
+        if telling is not None:
+            telling.cancel()
+        return FENCED if node.kms.log.fenced.is_set() else 0
 
 
-def run(config: Config, *, fd: int | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; `fd` is a listening socket inherited from the supervisor. Exit status 0."""
+def run(config: Config, *, fd: int | None = None, ready_fd: int | None = None) -> int:
+    """Serve until SIGTERM or SIGINT. Exit status 0, or FENCED if another writer took this worker's audit chain.
+
+    Inherited from the supervisor: `fd`, a listening socket, and `ready_fd`, a pipe that hears when this worker serves.
+    """
     configure_logging(config.log.level)
     sockets = None if fd is None else [socket.socket(fileno=fd)]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(config, sockets))
-    return 0
+        return runner.run(_run(config, sockets, ready_fd))

@@ -40,7 +40,7 @@ class TlsClientCertProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _age: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too: what it gets is a Transport
         super().connection_made(transport)
         tls = transport.get_extra_info("ssl_object")
         if tls is None or tls.session_reused:

@@ -4,37 +4,81 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import tempfile
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
+import sqlalchemy as sa
 from fastapi import FastAPI
+from sqlalchemy import Engine
 
 import audit.log
-from keystore import Catalog, Hsm, Keystore
+from audit.anchors import NodeFiles, TokenObject, WriteOnce
+from audit.archive import Archiver, Retention
+from audit.disk import Disk, Watermarks
+from audit.forward import Forwarder, Skipped, Target, Wanted
+from audit.index import Indexer, IndexKey
+from audit.notary import Notary
+from audit.observed import Observations
+from audit.proofs import Prover
+from audit.rollback import Guard, Watched
+from audit.search import Search
+from keystore import (
+    Admin,
+    Catalog,
+    DataKeeper,
+    Fleet,
+    Hsm,
+    HsmFault,
+    HsmGroup,
+    HsmUnavailable,
+    Imports,
+    Keystore,
+    SelfTestFailed,
+    UnsupportedByHsm,
+    proof_of,
+)
 from keystore.pkcs11 import TokenConfig, open_token, total_calls
-from policy import Policy
+from policy import Freezes, Policy
+from policy.rows import FreezeRows, FreezeRowsDamaged
 from service.app import create_app
-from service.config import Config
+from service.approvals import load_approver
+from service.callers import callers
+from service.ceremonies import record_ceremonies
+from service.config import Config, FolderAnchor, HsmAnchor, SinkSection, WriteOnceAnchor
+from service.containment import Containment
 from service.database import migrate, open_engine, ping
+from service.decisions import Bundles, Decisions
+from service.drills import Drills
 from service.health import Health
+from service.hsmcalls import THREADS, HsmCalls
 from service.identity import Authenticator
 from service.identity.api_token import ApiTokenProvider
 from service.identity.mtls import MtlsProvider
 from service.identity.oidc import OidcProvider
-from service.jobs import Scheduler
-from service.kms import POLICY_SETTING, Kms
+from service.jobs import Forwarding, Scheduler, archive_old, index, notarise
+from service.kms import POLICY_SETTING, Kms, facts_of
 from service.protocols.native import Limits, Native
+from service.quorum import Quorum, Rule
 from service.requests import Observer
-from service.rows import ApiTokens, Idempotency, Lease, Settings
+from service.rows import ApiTokens, ApprovalRows, Idempotency, Lease, Operations, Settings
+from service.shadow import Shadow
+from service.timestamps import Timestamps
+from service.witnesses import Witnesses, checked, post_quantum_of, pusher_of, witness_of
 
+START_SAMPLE: Final = 25  # a start takes up a bundle that a check or a reload has tried with all 500
 POLL_S: Final = 0.2  # other workers' changes are seen within this time
 _PEPPER: Final = b"skms/api-token-pepper/v1"
+_INDEX: Final = b"skms/audit-index/v1"
+_ROWS: Final = b"skms/freezes-and-approvals/v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +89,12 @@ class Node:
     kms: Kms
     health: Health
     scheduler: Scheduler
+    catalog: Catalog
 
     @staticmethod
     def pkcs11_calls() -> int:
-        """PKCS#11 functions called by this process so far."""
-        return total_calls()
-
-
-class Executors:
-    """Which HSM calls leave the event loop: those of a token slower than 200 us a call."""
-
-    def __init__(self, hsms: Mapping[str, Hsm]) -> None:
-        self._pools: dict[str, ThreadPoolExecutor | None] = {
-            region: None if hsm.fast else ThreadPoolExecutor(8, thread_name_prefix=f"hsm-{region}")
-            for region, hsm in hsms.items()
-        }
-
-    def executor(self, region: str) -> Executor | None:
-        """The pool of a region's HSM; None to call it inline."""
-        return self._pools.get(region)
-
-    def close(self) -> None:
-        """Let running calls end; take no new ones."""
-        for pool in self._pools.values():
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+        """PKCS#11 functions called by this process so far, beside the canaries of its own health task."""
+        return total_calls(but=[t.ident for t in threading.enumerate() if t.name.startswith("asyncio") and t.ident])
 
 
 def now() -> int:
@@ -87,6 +112,7 @@ def token_configs(config: Config) -> list[TokenConfig]:
             module=h.module,
             token_label=h.token_label,
             token_serial=h.token_serial,
+            token_dir=h.token_dir,
             pin_file=h.pin_file,
             sessions=h.sessions,
             environment=h.environment,
@@ -97,96 +123,488 @@ def token_configs(config: Config) -> list[TokenConfig]:
     ]
 
 
-class AuditSigner:
-    """The audit key of one HSM, as the log wants it."""
+def token_unconfigured(
+    *, vendor: str, module: Path, token_label: str, pin_file: Path, token_dir: Path | None
+) -> TokenConfig:
+    """A token that stands in no configuration yet, to be probed: its installation is nobody's."""
+    return TokenConfig(
+        name="probe",
+        region="none",
+        vendor=vendor,
+        module=module,
+        token_label=token_label,
+        token_dir=token_dir,
+        pin_file=pin_file,
+        lock_dir=Path(tempfile.gettempdir()),
+        installation=uuid.uuid4(),
+    )
 
-    def __init__(self, hsm: Hsm) -> None:
-        self._hsm = hsm
+
+def refuse_test_profile(token: TokenConfig, *, development: bool) -> None:
+    """SelfTestFailed if a token with a test profile is to hold keys under a charter that is not for development."""
+    vendor = token.profile()
+    if vendor.test and not development:
+        waived = ", ".join(vendor.waivers) or "none"
+        raise SelfTestFailed(
+            f"HSM {token.name}: its profile {vendor.name!r} is for tests (self-test rules waived: {waived}) and the policy's "
+            "charter is not for development: use another HSM, or a profile that waives nothing"
+        )
+
+
+class AuditSigner:
+    """The audit keys of one region's HSMs, as the log wants them."""
+
+    def __init__(self, fleet: Fleet, region: str) -> None:
+        self._fleet, self._region = fleet, region
 
     def public_key(self) -> bytes:
-        """SubjectPublicKeyInfo (DER)."""
-        return self._hsm.audit_public_key()
+        """SubjectPublicKeyInfo (DER) of the HSM that would sign now."""
+        return self._fleet.groups[self._region].audit_public_key()
+
+    def known_keys(self) -> tuple[bytes, ...]:
+        """Those of every HSM that is or was in any region: nodes of several regions write one log, and one of them signs."""
+        return self._fleet.audit_keys()
 
     def sign(self, statement: bytes) -> bytes:
-        """Sign a statement inside the HSM."""
-        return self._hsm.audit_sign(statement)
+        """Sign a statement inside the first HSM that can."""
+        return self._fleet.groups[self._region].audit_sign(statement)
+
+
+class HsmShelf:
+    """The data objects of a region's HSMs, as an anchor wants them."""
+
+    _ROLE: Final = "audit-anchor"
+
+    def __init__(self, group: HsmGroup) -> None:
+        self._group = group
+
+    def get(self) -> Sequence[tuple[str, bytes]]:
+        """What each HSM that is up holds; OSError if none can be asked."""
+        try:
+            return [(name, data) for name, keeper in self._keepers() for data in keeper.data_objects(self._ROLE)]
+        except (HsmUnavailable, HsmFault) as error:
+            raise OSError(str(error)) from None
+
+    def put(self, data: bytes) -> None:
+        """Store on every HSM that is up; OSError if none keeps data objects."""
+        kept, reason = 0, ""
+        for _, keeper in self._keepers():
+            try:
+                keeper.keep_data_object(self._ROLE, data)
+                kept += 1
+            except (HsmUnavailable, HsmFault, UnsupportedByHsm) as error:
+                reason = str(error)
+        if not kept:
+            raise OSError(reason)
+
+    def _keepers(self) -> list[tuple[str, DataKeeper]]:
+        found: list[tuple[str, DataKeeper]] = []
+        reason = "no HSM of the region keeps data objects"
+        for name in self._group.names:
+            try:
+                hsm = self._group.on(name)
+            except HsmUnavailable as error:
+                reason = str(error)
+                continue
+            if isinstance(hsm, DataKeeper):
+                found.append((name, hsm))
+        if not found:
+            raise OSError(reason)
+        return found
+
+
+def guard_of(config: Config, engine: Engine, fleet: Fleet) -> Guard:
+    """What compares the database with the anchors of a configuration; the node's own file is always one."""
+    own = config.node.state_dir / "anchors"
+    own.mkdir(parents=True, exist_ok=True, mode=0o700)
+    watched = [Watched(NodeFiles(own, config.node.name))]
+    for section in config.audit.anchor:
+        match section:
+            case FolderAnchor():
+                watched.append(
+                    Watched(NodeFiles(section.path, config.node.name), section.required, every_s=section.every_s)
+                )
+            case WriteOnceAnchor():
+                watched.append(Watched(WriteOnce(section.path), section.required, every_s=section.every_s, leader=True))
+            case HsmAnchor():
+                shelf = HsmShelf(fleet.groups[config.node.region])
+                watched.append(Watched(TokenObject(shelf), section.required, every_s=section.every_s, leader=True))
+    signer = AuditSigner(fleet, config.node.region)
+    return Guard(
+        engine,
+        origin=config.node.origin,
+        known_keys=signer.known_keys,
+        watched=watched,
+        monotonic=time.monotonic,
+        observed=observations_of(config),
+    )
+
+
+def observations_of(config: Config) -> Observations:
+    """Where the workers of this node keep what a witness saw that the database does not hold."""
+    return Observations(config.node.state_dir / "witness-observations")
+
+
+def serving_tokens(config: Config) -> list[TokenConfig]:
+    """The tokens that a node serves from: all but those that are stored away as backups."""
+    stored_away = {h.name for h in config.hsm if h.backup}
+    return [token for token in token_configs(config) if token.name not in stored_away]
+
+
+def groups_of(config: Config, catalog: Catalog) -> dict[str, HsmGroup]:
+    """The HSM groups of a configuration, not open yet."""
+    tokens, locks = serving_tokens(config), {h.module: threading.Lock() for h in config.hsm}
+    minimum = {g.region: g.minimum for g in config.hsm_group}
+
+    def opener(token: TokenConfig) -> Callable[[], Hsm]:
+        def open_it() -> Hsm:
+            with locks[token.module]:  # modules start at the same time, the tokens of one after each other
+                return open_token(token)
+
+        return open_it
+
+    return {
+        region: HsmGroup(
+            region,
+            {t.name: opener(t) for t in tokens if t.region == region},
+            minimum=minimum.get(region, 1),
+            proven=proof_of(catalog, region),
+        )
+        for region in dict.fromkeys(t.region for t in tokens)
+    }
+
+
+async def open_fleet(config: Config, catalog: Catalog, *, clock: Callable[[], int]) -> Fleet:
+    """Every HSM that can be opened, those of different modules at the same time.
+
+    HsmUnavailable or SelfTestFailed, for the first reason, if a region would have none; the others are tried again by
+    the health task.
+    """
+    groups = groups_of(config, catalog)
+    try:
+        await asyncio.gather(*(asyncio.to_thread(group.open) for group in groups.values()))
+        fleet = Fleet(catalog, groups, clock=clock)
+        await asyncio.to_thread(fleet.follow)
+        await asyncio.to_thread(fleet.remember_audit_keys)
+    except BaseException:
+        for group in groups.values():
+            group.close()
+        raise
+    return fleet
+
+
+async def audit_keys(config: Config, engine: Engine) -> tuple[bytes, ...]:
+    """Every audit key that HSMs of the configured regions have or had: what the log is verified with."""
+    fleet = await open_fleet(config, Catalog(engine), clock=now)
+    try:
+        return fleet.audit_keys()
+    finally:
+        for group in fleet:
+            group.close()
+
+
+async def kms_of(
+    stack: contextlib.AsyncExitStack,
+    config: Config,
+    engine: Engine,
+    bundle: Policy,
+    catalog: Catalog,
+    fleet: Fleet,
+    index_key: IndexKey,
+    *,
+    clock: Callable[[], int],
+) -> Kms:
+    """The operations of a node, with its chain open; leaving the stack closes that."""
+    # Salts and IVs come from the kernel: 0.6 us a call, and the token's own generator guards its keys.
+    keystore = Keystore(catalog, fleet.groups, installation=config.node.installation, clock=clock)
+    log = log_of(config, engine, fleet)
+    await log.start()
+    stack.push_async_callback(log.close)
+    tokens = ApiTokens(
+        engine,
+        pepper=fleet.groups[config.node.region].row_mac(_PEPPER),
+        installation=str(config.node.installation),
+        clock=clock,
+    )
+    members = max(len(group.names) for group in fleet)
+    calls = HsmCalls(fleet.groups, deadline_s=config.limits.hsm_deadline_s, threads=THREADS * members)
+    stack.callback(calls.close)
+    shadow = Shadow()
+    stack.callback(shadow.close)
+    kms = Kms(
+        node=config.node.name,
+        region=config.node.region,
+        keystore=keystore,
+        imports=Imports(keystore, catalog),
+        policy_now=bundle,
+        load_policy=lambda old: Policy.load(config.policy.bundle, after=old, known=kms.policy),
+        log=log,
+        search=(search := Search(engine, index_key)),
+        prover=Prover(engine, origin=config.node.origin),
+        tokens=tokens,
+        hsms=calls,
+        fleet=fleet,
+        clock=clock,
+        shadow=shadow,
+        freezes=Freezes(serving=functools.partial(serving, fleet), monotonic=boot_clock),
+        decisions=Decisions(
+            search,
+            Bundles(engine).starting(bundle),
+            callers=callers(tokens, config.oidc),
+            key_facts=lambda key_id: facts_of(found := keystore.by_id(key_id), found.latest_number),
+        ),
+        witness=witness_of(
+            config.witness,
+            engine,
+            origin=config.node.origin,
+            audit_keys=fleet.audit_keys(),
+            clock=now,
+        ),
+    )
+    return kms
 
 
 @contextlib.asynccontextmanager
 async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterator[Node]:
     """A node that is ready to serve; leaving the block drains it and closes its chain. `clock` gives microseconds."""
     async with contextlib.AsyncExitStack() as stack:
+        checked(config)
         engine = open_engine(config.database.url)
         stack.callback(engine.dispose)
         migrate(engine, lock_dir=config.node.state_dir)
-        bundle = Policy.load(config.policy.bundle)
-        hsms: dict[str, Hsm] = {}
-        for token in token_configs(config):
-            hsms[token.region] = hsm = open_token(token)
-            stack.callback(hsm.close)
-        local = hsms[config.node.region]
-        # Salts and IVs come from the kernel: 0.6 us a call, and the token's own generator guards its keys.
-        keystore = Keystore(Catalog(engine), hsms, installation=config.node.installation, clock=clock)
-        log = audit.log.Log(
-            engine,
-            origin=config.node.origin,
-            node=config.node.name,
-            slots=config.audit.slots,
-            lock_dir=config.node.state_dir,
-            signer=AuditSigner(local),
-            open_facts=_open_facts(config),
-            clock=now,  # the chain's time is the machine's
-            monotonic=time.monotonic,
-            deadline_s=config.audit.deadline_s,
-        )
-        await log.start()
-        stack.push_async_callback(log.close)
-        tokens = ApiTokens(
-            engine, pepper=local.row_mac(_PEPPER), installation=str(config.node.installation), clock=clock
-        )
-        executors = Executors(hsms)
-        stack.callback(executors.close)
-        kms = Kms(
-            node=config.node.name,
-            region=config.node.region,
-            keystore=keystore,
-            policy_now=bundle,
-            load_policy=lambda old: Policy.load(config.policy.bundle, after=old),
-            log=log,
-            tokens=tokens,
-            hsms=executors,
-            clock=clock,
-        )
+        bundle = Policy.load(config.policy.bundle, sample=START_SAMPLE)
+        for token in serving_tokens(config):
+            refuse_test_profile(token, development=bundle.development)
+        catalog = Catalog(engine)
+        fleet = await open_fleet(config, catalog, clock=clock)
+        for group in fleet:
+            stack.callback(group.close)
+        guard = guard_of(config, engine, fleet)
+        await asyncio.to_thread(guard.start)  # before this process writes its first record
+        index_key = IndexKey(fleet.groups[config.node.region].row_mac(_INDEX))
+        kms = await kms_of(stack, config, engine, bundle, catalog, fleet, index_key, clock=clock)
         await kms.load_tenant_secrets()
         await kms.note("start")
-
-        def seconds() -> float:
-            return clock() / 1e6
-
-        identity = Authenticator(
-            ApiTokenProvider(tokens),
-            OidcProvider(config.oidc, clock=seconds),
-            MtlsProvider(lambda: kms.policy.registry, config.trust, clock=seconds),
-        )
-        health = Health(kms, hsms, ping=lambda: ping(engine))
-        await health.check_hsms()
+        await record_ceremonies(kms, Settings(engine), config.node.state_dir)
+        identity = identity_of(config, kms, clock)
+        health = Health(kms, fleet, ping=lambda: ping(engine))
+        await health.check_hsms(everyone=True)
+        owner = f"{config.node.name}/{uuid.uuid4()}"
+        lease, operations = Lease(engine, clock=clock), Operations(engine, clock=clock)
+        containment = await stack.enter_async_context(obeying(config, kms, engine, owner=owner, clock=clock))
+        drills = Drills(kms, operations, lease, owner=owner, clock=clock)
+        observer = Observer(kms, operations, node=config.node.name, version=version())
         native = Native(
             kms,
             identity,
+            drills=drills,
+            containment=containment,
             idempotency=Idempotency(engine, clock=clock),
             health=health,
-            observer=Observer(kms, node=config.node.name, version=version()),
+            observer=observer,
             limits=Limits(config.limits.body, config.limits.batch_body),
             clock=clock,
         )
-        owner = f"{config.node.name}/{uuid.uuid4()}"
-        scheduler = Scheduler(kms, Lease(engine, clock=clock), owner=owner, clock=clock)
-        for job in (scheduler.run(), health.watch(), poll(kms, Settings(engine))):
+        scheduler = Scheduler(kms, lease, owner=owner, clock=clock)
+        start_sinks(config, engine, kms, observer, stack)
+        watched = health.watch(), poll(kms, Settings(engine)), containment.run(), tell_refusals(kms)
+        of_audit = audit_jobs(config, engine, fleet, kms.log, guard, index_key, owner=owner)
+        witnessed = watch_witnesses(config, engine, kms.log, observer, owner=owner)
+        for job in (scheduler.run(), drills.run(), *watched, *of_audit, *witnessed):
             task = asyncio.create_task(job)
             stack.callback(task.cancel)
-        yield Node(create_app({"": native}), kms, health, scheduler)
+        yield Node(create_app({"": native}), kms, health, scheduler, catalog)
         kms.draining = True
-        await kms.note("stop")
+        with contextlib.suppress(audit.log.Unavailable):  # a log that cannot be written keeps no process alive
+            await kms.tell_refusals()
+            await kms.note("stop")
+
+
+def serving(fleet: Fleet, region: str) -> frozenset[str]:
+    """The HSMs of a region that may be called: all that are not drained."""
+    group = fleet.groups.get(region)
+    return frozenset[str]() if group is None else frozenset(m.name for m in group.members() if m.admin != Admin.DRAINED)
+
+
+def quorum_of(
+    config: Config, kms: Kms, engine: Engine, key: Callable[[str], bytes], *, clock: Callable[[], int]
+) -> Quorum:
+    """The requests that approvers of a configuration decide about."""
+    section = config.approvals
+    approvers = tuple(
+        load_approver(a.name, a.public_key, identities=a.identities, tenants=a.tenants) for a in section.approver
+    )
+    rule = Rule(approvers, section.needed, section.lifetime_s, str(config.node.installation))
+    return Quorum(kms, ApprovalRows(engine, key=key, region=config.node.region), rule, clock=clock)
+
+
+@contextlib.asynccontextmanager
+async def obeying(
+    config: Config, kms: Kms, engine: Engine, *, owner: str, clock: Callable[[], int]
+) -> AsyncIterator[Containment]:
+    """This worker obeys the stored freezes, on the machine's time, until the block is left."""
+    key = row_keys(kms.fleet)
+    rows = FreezeRows(engine, key=key, region=config.node.region, clock=now)
+    quorum = quorum_of(config, kms, engine, key, clock=clock)
+    containment = Containment(kms, rows, quorum=quorum, worker=owner, clock=now, monotonic=boot_clock)
+    await containment.begin()
+    try:
+        yield containment
+    finally:
+        containment.end()
+
+
+def row_keys(fleet: Fleet) -> Callable[[str], bytes]:
+    """The MAC key of freezes and approvals by the region that wrote them; each is derived once, inside an HSM there."""
+
+    @functools.cache
+    def key(region: str) -> bytes:
+        group = fleet.groups.get(region)
+        if group is None:
+            raise FreezeRowsDamaged(f"a freeze of region {region}: no HSM of that region is configured here")
+        return group.row_mac(_ROWS)
+
+    return key
+
+
+def audit_jobs(
+    config: Config,
+    engine: Engine,
+    fleet: Fleet,
+    log: audit.log.Log,
+    guard: Guard,
+    index_key: IndexKey,
+    *,
+    owner: str,
+) -> list[Coroutine[Any, Any, None]]:
+    """What is done with the log beside writing it: signed, time-stamped, indexed, archived. Leased, on the machine's time."""
+    lease = Lease(engine, clock=now)
+    notary = notary_of(config, engine, fleet, clock=now)
+    jobs = [
+        notarise(notary, lease, log, engine, guard, owner=owner, clock=now),
+        Timestamps(engine, lease, config.audit.timestamp, owner=owner, clock=now).run(),
+        index(Indexer(engine, index_key), lease, owner=owner),
+    ]
+    archiver = archiver_of(config, engine, fleet)
+    if archiver is not None:
+        jobs.append(archive_old(archiver, lease, log, owner=owner, node=config.node.name))
+    return jobs
+
+
+def notary_of(config: Config, engine: Engine, fleet: Fleet, *, clock: Callable[[], int]) -> Notary:
+    """What signs the checkpoints of the configured log."""
+    signer = AuditSigner(fleet, config.node.region)
+    return Notary(engine, origin=config.node.origin, signer=signer, clock=clock, post_quantum=post_quantum_of(config))
+
+
+def watch_witnesses(
+    config: Config, engine: Engine, log: audit.log.Log, observer: Observer, *, owner: str
+) -> list[Coroutine[None, None, None]]:
+    """The job that has checkpoints cosigned, if witnesses are configured."""
+    if config.audit.witnesses is None:
+        return []
+    pusher = pusher_of(config.audit.witnesses, clock=now)
+    lease = Lease(engine, clock=now)
+    witnesses = Witnesses(engine, lease, log, pusher, owner=owner, observations=observations_of(config), clock=now)
+    observer.watch_witnesses(witnesses.witnessing)
+    return [witnesses.run()]
+
+
+def log_of(config: Config, engine: Engine, fleet: Fleet) -> audit.log.Log:
+    """The writer of this process, not started yet."""
+    return audit.log.Log(
+        engine,
+        origin=config.node.origin,
+        node=config.node.name,
+        slots=config.audit.slots,
+        lock_dir=config.node.state_dir,
+        signer=AuditSigner(fleet, config.node.region),
+        open_facts=_open_facts(config),
+        clock=now,  # the chain's time is the machine's
+        monotonic=boot_clock,
+        deadline_s=config.audit.deadline_s,
+        disk=audit_disk(config),
+    )
+
+
+def identity_of(config: Config, kms: Kms, clock: Callable[[], int]) -> Authenticator:
+    """Who may be recognised, and by which proof."""
+
+    def seconds() -> float:
+        return clock() / 1e6
+
+    return Authenticator(
+        ApiTokenProvider(kms.tokens),
+        OidcProvider(config.oidc, clock=seconds),
+        MtlsProvider(lambda: kms.policy.registry, config.trust, clock=seconds),
+    )
+
+
+def start_sinks(config: Config, engine: Engine, kms: Kms, observer: Observer, stack: contextlib.AsyncExitStack) -> None:
+    """Forward the log to every configured receiver until the stack is left."""
+    skipped = skip_recorder(kms, asyncio.get_running_loop())
+    forwarders = [forwarder_of(sink, engine, skipped) for sink in config.audit.sink]
+    observer.watch_sinks(engine, forwarders, now)
+    for forwarder in forwarders:
+        # The chain's name, not `owner`: a worker that comes back after a kill need not wait for its own lease to end.
+        forwarding = Forwarding(forwarder, Lease(engine, clock=now), owner=kms.log.name)
+        stack.callback(forwarding.stop)
+        forwarding.start()
+
+
+def skip_recorder(kms: Kms, loop: asyncio.AbstractEventLoop) -> Callable[[Skipped], None]:
+    """Records in this worker's chain, from a sink's thread, which record its receiver will never have."""
+
+    def record(skipped: Skipped) -> None:
+        made = kms.admin_record(
+            "skip_record", why="sink_refused", reason=skipped.sink, intent=str(skipped.item.record["id"])
+        )
+        asyncio.run_coroutine_threadsafe(kms.log.append(made), loop).result(timeout=10)
+
+    return record
+
+
+def forwarder_of(section: SinkSection, engine: Engine, skipped: Callable[[Skipped], None]) -> Forwarder:
+    """What forwards to one configured sink."""
+    from audit.sinks import KINDS  # an HTTP client, which a node without sinks need not load
+
+    target = Target(
+        url=section.url,
+        ca=section.ca,
+        certificate=section.certificate,
+        key=section.private_key,
+        token_file=section.token_file,
+        token_scheme=section.token_scheme,
+        enterprise=section.enterprise,
+        timeout_s=section.timeout_s,
+    )
+    return Forwarder(
+        section.name,
+        KINDS[section.kind](target),
+        engine,
+        clock=now,
+        skipped=skipped,
+        wanted=Wanted(frozenset(section.tenants), frozenset(section.kinds)),
+        on_reject=section.on_reject,
+    )
+
+
+def archiver_of(config: Config, engine: Engine, fleet: Fleet, *, to: Path | None = None) -> Archiver | None:
+    """What archives old records to a directory, or to the configured one; None if none is named or all stay for ever."""
+    directory = to or config.audit.archive_dir
+    if directory is None or not config.audit.retention_days:
+        return None
+    return Archiver(
+        engine,
+        origin=config.node.origin,
+        signer=AuditSigner(fleet, config.node.region),
+        directory=directory,
+        retention=Retention(
+            config.audit.retention_days, config.audit.tenant_retention_days, frozenset(config.audit.legal_hold)
+        ),
+        clock=now,
+        sinks=tuple(sink.name for sink in config.audit.sink),
+    )
 
 
 async def poll(kms: Kms, settings: Settings) -> None:
@@ -194,9 +612,39 @@ async def poll(kms: Kms, settings: Settings) -> None:
     while True:
         await asyncio.sleep(POLL_S)
         with contextlib.suppress(Exception):  # the next round tries again; readiness tells about the database
-            kms.keystore.poll()
-            kms.tokens.poll()
-            await kms.follow_policy(settings.get(POLICY_SETTING))
+            # In threads: a database that hangs must not hang the event loop, which still has to say so.
+            await asyncio.to_thread(kms.keystore.poll)
+            await asyncio.to_thread(kms.fleet.follow)
+            await asyncio.to_thread(kms.tokens.poll)
+            await kms.follow_policy(await asyncio.to_thread(settings.get, POLICY_SETTING))
+
+
+async def tell_refusals(kms: Kms) -> None:
+    """Record each second what was only counted, for ever."""
+    while True:
+        await asyncio.sleep(1)
+        with contextlib.suppress(audit.log.Unavailable):  # they are part of the next count
+            await kms.tell_refusals()
+
+
+def boot_clock() -> float:
+    """Seconds since the machine started, sleep included: a machine that woke up has not stepped its clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def audit_disk(config: Config) -> Disk:
+    """The disk the log is written to: SQLite's own; of a PostgreSQL server we cannot know, so that of `state_dir`."""
+    section, url = config.audit, sa.make_url(config.database.url)
+    marks = Watermarks(
+        warn=section.disk_warn_percent,
+        refuse=section.disk_refuse_percent,
+        stop=section.disk_stop_percent,
+        reserve=section.disk_reserve_mb << 20,
+    )
+    if url.get_backend_name() != "sqlite" or not url.database:
+        return Disk(config.node.state_dir, marks, reserve=None)
+    folder = Path(url.database).parent
+    return Disk(folder, marks, reserve=folder / "audit-reserve")
 
 
 def version() -> str:

@@ -8,9 +8,20 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from msgspec import structs
 
 from harness import Files, Lab, Served, lab_of, prepared, served
+from postgres import Cluster, cluster
+
+# How quickly a busy machine makes examples says nothing about what is tested.
+settings.register_profile("skms", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("skms")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the soak, which lasts five minutes by itself: at the end it would keep one worker waiting."""
+    items.sort(key=lambda item: item.path.name != "test_long_life.py")
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +85,10 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A running development node."""
     with served(tmp_path_factory.mktemp("served") / "node") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """A PostgreSQL server, durable as the audit log demands; `postgres.fresh(name)` gives a database of one's own."""
+    with cluster() as made:
+        yield made

@@ -6,6 +6,7 @@ puts it. `served` runs the same node as users do, by `skms dev up`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from service.config import Config, load
 from service.wiring import Node, now, wire
@@ -119,6 +122,17 @@ async def lab_of(files: Files) -> AsyncIterator[Lab]:
     clock = Shifted()
     async with wire(files.config, clock=clock) as node:
         yield Lab(node, files, clock)
+
+
+async def shows(client: httpx.AsyncClient, key: str, seconds: float = 30, **wanted: object) -> dict[str, Any]:
+    """The key once it shows these fields: what the scheduler is to do takes a round of its own, or of the node's."""
+    until = time.monotonic() + seconds
+    while True:
+        found: dict[str, Any] = (await client.get(f"/v1/keys/{key}")).raise_for_status().json()
+        if found | wanted == found:
+            return found
+        assert time.monotonic() < until, f"wanted {wanted}, last {found}"
+        await asyncio.sleep(0.05)
 
 
 @dataclass
@@ -222,3 +236,12 @@ async def new_key(lab: Lab, spec: str, *, tenant: str = "health", **body: Any) -
     answer = await lab.client(f"{tenant}-operator").post("/v1/keys", json=wanted, headers=headers)
     assert answer.status_code == 201, answer.text
     return str(answer.json()["id"])
+
+
+def officer(directory: Path, name: str) -> tuple[Path, Path]:
+    """The key of someone who approves: (private key file, public key file)."""
+    key = Ed25519PrivateKey.generate()
+    private, public = directory / f"{name}.key", directory / f"{name}.pem"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return private, public

@@ -12,11 +12,13 @@ call: a temporary gave silent wrong answers.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as C  # noqa: N812 - the usual name, and C is what it speaks
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,6 +46,7 @@ FUNCTIONS: Final[Mapping[str, tuple[int, int]]] = {
     "GetSessionInfo": (15, 2),
     "Login": (18, 4),
     "CreateObject": (20, 4),
+    "CopyObject": (21, 5),
     "DestroyObject": (22, 2),
     "GetAttributeValue": (24, 4),
     "SetAttributeValue": (25, 4),
@@ -62,6 +65,8 @@ FUNCTIONS: Final[Mapping[str, tuple[int, int]]] = {
     "UnwrapKey": (61, 8),
     "GenerateRandom": (64, 3),
 }
+
+_BY_SLOT: Final = frozenset({"GetTokenInfo", "OpenSession"})  # these take a slot first; all others a session
 
 Attributes = Mapping[int, Any]
 
@@ -100,15 +105,22 @@ class _Pss(C.Structure):
     _fields_ = [("hash", UL), ("mgf", UL), ("salt", UL)]
 
 
+class _Oaep(C.Structure):
+    """CK_RSA_PKCS_OAEP_PARAMS."""
+
+    _fields_ = [("hash", UL), ("mgf", UL), ("source", UL), ("p_label", PTR), ("label_len", UL)]
+
+
 class LockingLib(_pkcs11.lib):
     """python-pkcs11's library object, initialised for threads. One per process and module, made after fork or spawn."""
 
     def __new__(cls, path: str, reserved: bytes | None = None) -> LockingLib:
-        made: LockingLib = super().__new__(cls, path)  # type: ignore[call-arg]
+        made: LockingLib = super().__new__(cls, path)  # type: ignore[call-arg]  # a C type: its stub has no arguments
         return made
 
     def __init__(self, path: str, reserved: bytes | None = None) -> None:
-        self._ready = False
+        self._ready = self._twins = False
+        self.table: Any = None  # CK_FUNCTION_LIST
         self._args = _InitArgs(flags=CKF_OS_LOCKING_OK)
         self._reserved = C.create_string_buffer(reserved) if reserved else None
         if self._reserved is not None:
@@ -119,19 +131,27 @@ class LockingLib(_pkcs11.lib):
         """C_Initialize with OS locking. CRYPTOKI_ALREADY_INITIALIZED is an error: somebody did it, perhaps without."""
         if self._ready:
             return
-        self._dll = C.CDLL(self.so)
-        table = function_list(self._dll)
+        if self.table is None:
+            dll = C.CDLL(self.so)
+            self.table = function_list(dll)
+            # p11-kit-client hands every caller of C_GetFunctionList an instance of its own; python-pkcs11 has called it too.
+            self._twins = C.addressof(self.table.contents) != C.addressof(function_list(dll).contents)
         prototype = C.CFUNCTYPE(UL, PTR)
-        self._c_finalize = prototype(table[1])
-        if rv := prototype(table[0])(C.addressof(self._args)):
+        if rv := prototype(self.table[0])(C.addressof(self._args)):
             raise CkError(rv, "C_Initialize")
         self._ready = True
+        if self._twins:
+            super().initialize()  # used for slots and tokens only, by one thread at a time
 
     def finalize(self) -> None:
         """C_Finalize; whatever it answers, C_Initialize may follow."""
         if self._ready:
             self._ready = False
-            self._c_finalize(None)
+            assert self.table is not None
+            C.CFUNCTYPE(UL, PTR)(self.table[1])(None)
+            if self._twins:
+                with contextlib.suppress(PKCS11Error):
+                    super().finalize()
 
 
 def function_list(dll: C.CDLL) -> Any:
@@ -187,7 +207,8 @@ def gcm(number: int, iv: bytes, aad: bytes) -> _Triple:
     """CKM_AES_GCM with a 128-bit tag. The caller owns the IV buffer, so that a token may write into it."""
     iv_buffer, aad_buffer = C.create_string_buffer(iv, len(iv)), C.create_string_buffer(aad, max(1, len(aad)))
     parameter = _Gcm(
-        C.addressof(iv_buffer), len(iv), len(iv) * 8, C.addressof(aad_buffer) if aad else None, len(aad), 128
+        *(C.addressof(iv_buffer) if iv else None, len(iv), len(iv) * 8),
+        *(C.addressof(aad_buffer) if aad else None, len(aad), 128),
     )
     parameter.keep, parameter.iv = (iv_buffer, aad_buffer), iv_buffer
     return mechanism(number, parameter)
@@ -198,11 +219,19 @@ def pss(number: int, hash_mechanism: int, mgf: int, salt: int) -> _Triple:
     return mechanism(number, _Pss(hash_mechanism, mgf, salt))
 
 
+def oaep(number: int, hash_mechanism: int, mgf: int) -> _Triple:
+    """CKM_RSA_PKCS_OAEP with an empty label (CKZ_DATA_SPECIFIED)."""
+    return mechanism(number, _Oaep(hash_mechanism, mgf, 1, None, 0))
+
+
 Functions = Mapping[str, Callable[..., int]]
 
 
 class Module:
-    """One initialised module of this process. `calls` counts every PKCS#11 function called through it."""
+    """One initialised module of this process.
+
+    `wrap` may put another function table in front of the module's own: a counter, or faults for a test.
+    """
 
     def __init__(
         self,
@@ -211,23 +240,59 @@ class Module:
         reserved: bytes | None = None,
         wrap: Callable[[Functions], Functions] = lambda functions: functions,
     ) -> None:
-        self.path, self._pid = path, os.getpid()
-        self.calls = 0
-        self.lib = LockingLib(path, reserved)
-        table = function_list(self.lib._dll)
+        self.path, self.reserved, self._pid = path, reserved, os.getpid()
+        self._calls: dict[int, int] = {}  # PKCS#11 functions called so far, by thread
+        self.can_close_session, self.find_limit = True, 64  # a vendor's profile may say otherwise
+        self.serialised = False  # so it may of this: one call at a time
+        self._turn = threading.Lock()
+        self._inside: dict[int, tuple[str, float]] = {}  # by thread: the function it is in, and since when
+        with self._watched("Initialize"):
+            try:
+                self.lib = LockingLib(path, reserved)
+            except PKCS11Error as error:
+                raise CkError(0x190, f"C_GetInfo ({type(error).__name__})") from error
+        table = self.lib.table
         raw = {name: C.CFUNCTYPE(UL, *[PTR] * count)(table[at]) for name, (at, count) in FUNCTIONS.items()}
         self.functions = wrap(raw)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call C_<name>; CkError with the number of its answer unless that is CKR_OK."""
-        self.calls += 1
-        if rv := self.functions[name](*arguments):
-            raise CkError(int(rv), "C_" + name)
+        if rv := self.quietly(name, *arguments):
+            raise CkError(rv, "C_" + name, session=None if name in _BY_SLOT else arguments[0])
 
     def quietly(self, name: str, *arguments: Any) -> int:
         """Call C_<name> where any answer will do."""
-        self.calls += 1
-        return int(self.functions[name](*arguments))
+        if self.serialised:
+            with self._turn:  # before the watchdog counts: who waits here is not inside
+                return self._enter(name, arguments)
+        return self._enter(name, arguments)
+
+    def _enter(self, name: str, arguments: tuple[Any, ...]) -> int:
+        me = threading.get_ident()
+        self._calls[me] = self._calls.get(me, 0) + 1
+        self._inside[me] = (name, time.monotonic())
+        try:
+            return int(self.functions[name](*arguments))
+        finally:
+            del self._inside[me]
+
+    @contextlib.contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        """Let the watchdog see a call that python-pkcs11 makes."""
+        me = threading.get_ident()
+        self._inside[me] = (name, time.monotonic())
+        try:
+            yield
+        finally:
+            del self._inside[me]
+
+    def calls(self, *, but: Collection[int] = ()) -> int:
+        """PKCS#11 functions called through this module so far, those of some threads left out."""
+        return sum(count for thread, count in list(self._calls.items()) if thread not in but)
+
+    def calls_inside(self) -> list[tuple[str, float]]:
+        """The functions that threads are in just now, and since when (monotonic seconds)."""
+        return list(self._inside.values())
 
     def check_process(self) -> None:
         """A forked child shares login and sessions with its parent without either knowing: refuse loudly."""
@@ -236,16 +301,17 @@ class Module:
 
     def reinitialize(self) -> None:
         """C_Finalize and C_Initialize. Only with no thread inside the module."""
-        self.calls += 2
-        self.lib.finalize()
-        self.lib.initialize()
+        with self._watched("Finalize"):
+            self.lib.finalize()
+        with self._watched("Initialize"):
+            self.lib.initialize()
 
     def find_slot(self, label: str, serial: str | None) -> tuple[int, Any]:
         """(slot id, token) of the one token with this label, and serial if given; CkError otherwise."""
-        self.calls += 2
         try:
-            slots = self.lib.get_slots(token_present=True)
-            tokens = [(s.slot_id, s.get_token()) for s in slots]
+            with self._watched("GetSlotList"):
+                slots = self.lib.get_slots(token_present=True)
+                tokens = [(s.slot_id, s.get_token()) for s in slots]
         except PKCS11Error as error:
             raise CkError(0xE0, f"C_GetTokenInfo ({type(error).__name__})") from error
         found = [
@@ -275,13 +341,15 @@ def module(path: str, reserved: bytes | None = None) -> Module:
         if path not in _modules:
             _modules[path] = Module(path, reserved=reserved)
         found = _modules[path]
+    if found.reserved != reserved:
+        raise CkError(0x191, f"C_Initialize ({path} runs in this process with another pReserved)")
     found.check_process()
     return found
 
 
-def total_calls() -> int:
-    """PKCS#11 functions called by this process so far."""
-    return sum(m.calls for m in _modules.values())
+def total_calls(*, but: Collection[int] = ()) -> int:
+    """PKCS#11 functions called by this process so far, those of some threads left out."""
+    return sum(m.calls(but=but) for m in _modules.values())
 
 
 @dataclass(slots=True)
@@ -291,33 +359,50 @@ class Session:
     module: Module
     handle: int
 
-    def login(self, pin: bytes) -> None:
-        """C_Login as the user; already logged in is success."""
+    def login(self, pin: bytes, user_type: int = CKU_USER) -> None:
+        """C_Login, as the user unless the vendor has a type of its own; already logged in is success."""
         buffer = C.create_string_buffer(pin, len(pin))
-        rv = self.module.quietly("Login", self.handle, CKU_USER, C.addressof(buffer), len(pin))
+        rv = self.module.quietly("Login", self.handle, user_type, C.addressof(buffer), len(pin))
         C.memset(C.addressof(buffer), 0, len(pin))
         if rv not in (0, 0x100):
             raise CkError(rv, "C_Login")
 
     def close(self) -> None:
         """C_CloseSession without C_Logout, which would log out every session of the process."""
-        self.module.quietly("CloseSession", self.handle)
+        if self.module.can_close_session:
+            self.module.quietly("CloseSession", self.handle)
+
+    def close_if_of(self, slot: int) -> None:
+        """Close the session if its number still stands for one of this slot."""
+        with contextlib.suppress(CkError):
+            if self.info()[0] == slot:
+                self.close()
+
+    def info(self) -> tuple[int, int]:
+        """(slot, state) of CK_SESSION_INFO."""
+        info = (UL * 4)()
+        self.module.call("GetSessionInfo", self.handle, C.addressof(info))
+        return int(info[0]), int(info[1])
 
     def state(self) -> int:
         """CK_SESSION_INFO.state."""
-        info = (UL * 4)()
-        self.module.call("GetSessionInfo", self.handle, C.addressof(info))
-        return int(info[1])
+        return self.info()[1]
 
     def find(self, attributes: Attributes, limit: int = 2) -> list[int]:
         """Up to `limit` object handles."""
         wanted, found, count = template(attributes), (UL * limit)(), UL()
+        handles: list[int] = []
         self.module.call("FindObjectsInit", self.handle, C.addressof(wanted), len(wanted))
         try:
-            self.module.call("FindObjects", self.handle, C.addressof(found), limit, C.addressof(count))
+            while len(handles) < limit:
+                most = min(limit - len(handles), self.module.find_limit)
+                self.module.call("FindObjects", self.handle, C.addressof(found), most, C.addressof(count))
+                handles += found[: count.value]
+                if count.value < most:
+                    break
         finally:
             self.module.quietly("FindObjectsFinal", self.handle)
-        return list(found[: count.value])
+        return handles
 
     def get(self, handle: int, number: int, size: int = 4_096) -> bytes:
         """One attribute's value; CkError if the token does not show it."""
@@ -376,9 +461,14 @@ class Session:
         return int(pub.value), int(priv.value)
 
     def create(self, attributes: Attributes) -> int:
-        """C_CreateObject: known values of the self-test only; no customer key enters a token in clear."""
+        """C_CreateObject: known values of the self-test, public keys, and imported keys that were opened outside the token."""
         wanted = template(attributes)
         return self._new("CreateObject", C.addressof(wanted), len(wanted))
+
+    def copy(self, handle: int, attributes: Attributes) -> int:
+        """C_CopyObject: the self-test asks for it to be refused."""
+        wanted = template(attributes)
+        return self._new("CopyObject", handle, C.addressof(wanted), len(wanted))
 
     def wrap(self, how: _Triple, kek: int, key: int, size: int = 8_192) -> bytes:
         return self._out("WrapKey", size, C.addressof(how), kek, key)
@@ -397,8 +487,3 @@ class Session:
         buffer = C.create_string_buffer(length)
         self.module.call("GenerateRandom", self.handle, C.addressof(buffer), length)
         return buffer.raw
-
-
-def handles(found: Iterable[int] | Sequence[int]) -> list[int]:
-    """Object handles as a list."""
-    return list(found)

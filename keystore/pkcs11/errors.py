@@ -65,8 +65,9 @@ NAMES: Final[dict[int, str]] = {
 class CkError(Exception):
     """A PKCS#11 function's answer other than CKR_OK. Decisions use the number, messages the name."""
 
-    def __init__(self, rv: int, function: str) -> None:
+    def __init__(self, rv: int, function: str, *, session: int | None = None) -> None:
         self.rv, self.function = rv, function
+        self.session = session  # the session it was called with, if it takes one
         self.name = "CKR_" + NAMES.get(rv, f"0x{rv:x}")
         super().__init__(f"{function}: {self.name}")
 
@@ -101,12 +102,14 @@ _AMBIGUOUS: Final = frozenset({0x5, 0x6, 0x7})
 _JUDGES_INPUT: Final = frozenset({"C_Decrypt", "C_UnwrapKey", "C_Verify"})
 
 
-def classify(error: CkError) -> Fault:
+def classify(error: CkError, bad_input: frozenset[int] = frozenset()) -> Fault:
     """The class of an error, by the stage of the operation and not only by its number.
+
+    `bad_input` are numbers that this vendor has for bad input where others mean a sick device.
 
     SoftHSM answers a bad tag with GENERAL_ERROR, as it would a device fault: a breaker fed by the number alone would be
     an attacker's off switch (A-09).
     """
-    if error.rv in _AMBIGUOUS and error.function in _JUDGES_INPUT:
+    if error.rv in _AMBIGUOUS | bad_input and error.function in _JUDGES_INPUT:
         return Fault.AMBIGUOUS
     return next((fault for fault, values in _CLASSES.items() if error.rv in values), Fault.DEVICE)

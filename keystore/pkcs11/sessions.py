@@ -1,76 +1,48 @@
-"""Sessions, login, cached handles and recovery of one token.
+"""Sessions, login and cached handles of one token.
 
 One *home* session logs in, owns every unwrapped key and is never lent; work runs on a pool of sessions opened without a
 PIN. Nobody calls C_Logout. Every handle belongs to an *epoch*: a new login or initialisation starts the next one and
 empties all caches, because the numbers start again and an old one would be another tenant's key. A cached key is pinned
 while it is used; its last user destroys it.
+
+A caller never repairs anything: it reports what it met to the module's recoverer (`recovery.py`), waits a moment, and
+tries again or answers that the HSM is unavailable.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, TypeVar
 
-from keystore.hsm import HsmFault, HsmUnavailable, InvalidCiphertext
-from keystore.pkcs11.binding import USER_STATES, Module, Session
+from keystore.hsm import HsmFault, HsmLocked, HsmUnavailable, InvalidCiphertext
+from keystore.pkcs11.binding import CKU_USER, USER_STATES, Session
 from keystore.pkcs11.errors import CkError, Fault, classify
+from keystore.pkcs11.recovery import Recovering, Recovery, start_lock
 
+log: Final = logging.getLogger("skms.hsm")
 T = TypeVar("T")
 
 POOL_WAIT_S: Final = 2.0
-DRAIN_S: Final = 15.0  # RSA-4096 generation took 4.8 s at worst; a shorter drain would kill healthy processes
+RECOVERY_WAIT_S: Final = 0.5  # how long a call waits for a recovery that has just begun; after that it fails at once
+BUSY_WAIT_S: Final = 0.02
 CACHE_KEYS: Final = 512
 CACHE_TTL_S: Final = 900.0
-HUNG_EXIT: Final = 70  # for the supervisor: a call hangs in the vendor's code
+DEVICE_MEMORY: Final = 0x31
+GONE: Final = frozenset({0xB0, 0xB3})  # SESSION_CLOSED, SESSION_HANDLE_INVALID
 
 
 class _Stopped(Exception):
     """One attempt failed: in which class, and why."""
 
-    def __init__(self, fault: Fault, error: CkError | None) -> None:
+    def __init__(self, fault: Fault, error: CkError) -> None:
         super().__init__(str(error))
         self.fault, self.error = fault, error
-
-
-class _Recovering(Exception):
-    """The gate is shut."""
-
-
-class Gate:
-    """Many callers inside, or one recoverer."""
-
-    def __init__(self) -> None:
-        self._changed, self._inside, self._shut = threading.Condition(), 0, False
-
-    def __enter__(self) -> None:
-        with self._changed:
-            if self._shut:
-                raise _Recovering
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
-
-    def close(self, timeout: float) -> bool:
-        """Let nobody in any more; whether everybody left in time."""
-        with self._changed:
-            self._shut = True
-            return self._changed.wait_for(lambda: self._inside == 0, timeout)
-
-    def open(self) -> None:
-        """Let callers in again."""
-        with self._changed:
-            self._shut = False
 
 
 @dataclass(slots=True)
@@ -92,113 +64,105 @@ class Unwrap:
     load: Callable[[Session], int]
 
 
-@contextlib.contextmanager
-def start_lock(path: Path | None) -> Iterator[None]:
-    """Exclusive among all processes of the node, for C_Initialize and C_Login of modules that need it."""
-    if path is None:
-        yield
-        return
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 class TokenSessions:
-    """The sessions of one token in this process. States: DOWN -> UP; UP -> DOWN, LOCKED, or process exit."""
+    """The sessions of one token in this process. States: DOWN -> UP; UP -> DOWN or LOCKED."""
 
     def __init__(
         self,
-        module: Module,
+        recovery: Recovery,
         *,
         label: str,
         serial: str | None,
         pin: Callable[[], bytes],
         size: int,
         read_only: bool,
-        lock: Path | None,
         cache: int = CACHE_KEYS,
-        exit_process: Callable[[int], object] = os._exit,
+        user_type: int = CKU_USER,
+        bad_input: frozenset[int] = frozenset(),
     ) -> None:
-        self.module, self._label, self._serial, self._pin = module, label, serial, pin
-        self.size, self._read_only, self._lock_path, self._cache_size = size, read_only, lock, cache
-        self._exit = exit_process
+        self.recovery, self.module = recovery, recovery.module
+        self.label, self._serial, self._pin = label, serial, pin
+        self.size, self._read_only, self._cache_size = size, read_only, cache
+        self._user_type, self._bad_input = user_type, bad_input
         self.state, self.epoch = "DOWN", 0
+        self.last_error = ""  # name of the last CK_RV that took the token down
         self.firmware, self.serial = "", ""
-        self._gate, self._lock, self._maintenance = Gate(), threading.RLock(), threading.Lock()
-        self._retry_at, self._backoff = 0.0, 0.05
+        self.slot = 0
+        self.home: Session  # from the first login on
+        self._down_since = 0.0
+        self._lock = threading.RLock()
         self._idle: list[Session] = []
         self._opened = 0
         self._slots = threading.BoundedSemaphore(size)
         self._cache: OrderedDict[bytes, Pinned] = OrderedDict()
         self._tokens: dict[bytes, int] = {}
+        self.unwraps = 0  # keys loaded into the token so far: what a module that leaks per unwrap has leaked
 
     # ---- life --------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Find the token and log in; HsmUnavailable with the reason otherwise. A wrong PIN is tried exactly once."""
-        try:
-            with start_lock(self._lock_path):
-                self._up([])
-        except CkError as error:
-            self.state = "LOCKED" if classify(error) is Fault.PIN else "DOWN"
-            raise self._unusable(error) from error
-
-    def _unusable(self, error: CkError) -> HsmUnavailable:
         if self.state == "LOCKED":
-            return HsmUnavailable(
-                f"token {self._label!r} refused its PIN ({error.name}); not tried again: check the PIN file, then restart"
-            )
-        return HsmUnavailable(f"token {self._label!r} cannot be used: {error}")
+            raise self._refused()
+        self.recovery.gate.wait(POOL_WAIT_S)
+        try:
+            with self.recovery.gate, start_lock(self.recovery.lock):
+                self.up(initialised=True)
+        except Recovering:
+            raise HsmUnavailable(f"token {self.label!r} cannot be used: its module is being recovered") from None
+        except CkError as error:
+            self.failed(error)
+            raise self._refused() from error
+        self.recovery.attach(self)
 
-    def _up(self, old: list[Session]) -> None:
+    def up(self, *, initialised: bool) -> None:
         """Log in; only with the gate shut, or before the first caller."""
-        slot, token = self.module.find_slot(self._label, self._serial)
-        self.slot = slot
-        self.serial = token.serial.decode("ascii", "replace").strip()
-        self.firmware = ".".join(str(n) for n in token.firmware_version)
+        # Numbers start again after C_Finalize: a session from before must never be closed.
+        old = [] if initialised or self.epoch == 0 else [self.home, *self._idle]
+        slot, token = self.module.find_slot(self.label, self._serial)
         home = self.module.open(slot, write=True)
         try:
-            home.login(self._pin())
+            home.login(self._pin(), self._user_type)
         except CkError:
             home.close()
             raise
-        self.home = home
+        self.slot, self.home = slot, home
+        self.serial = token.serial.decode("ascii", "replace").strip()
+        self.firmware = ".".join(str(n) for n in token.firmware_version)
         self.epoch += 1  # from here on no number obtained earlier may be used
         self._idle, self._opened = [], 0
         self._tokens, self._cache = {}, OrderedDict()
         self._slots = threading.BoundedSemaphore(self.size)
-        self.state, self._backoff = "UP", 0.05
         for session in old:  # after the new login: the application never has zero sessions
             if session.handle != home.handle:
-                session.close()
+                session.close_if_of(slot)
+        if self.state != "UP":
+            log.info("HSM token is up", extra={"facts": {"token": self.label, "epoch": self.epoch}})
+        self.state = "UP"
 
-    def _recover(self, seen: int, *, full: bool) -> None:
-        """Log in again, or re-initialise the module; HsmUnavailable if that fails or somebody else is at it."""
-        if not self._maintenance.acquire(blocking=False):
-            raise HsmUnavailable("the HSM connection is being recovered")
-        try:
-            if self.epoch != seen and self.state == "UP":
-                return
-            if time.monotonic() < self._retry_at:
-                raise HsmUnavailable("the HSM connection is down; the next attempt follows shortly")
-            if not self._gate.close(DRAIN_S):
-                self._exit(HUNG_EXIT)  # a call hangs in the vendor's code, and C_Finalize would hang behind it
-            with start_lock(self._lock_path):
-                if full:
-                    self.state = "DOWN"
-                    self.module.reinitialize()
-                # Numbers start again after C_Finalize: a session from before must never be closed.
-                self._up([] if full else [self.home, *self._idle])
-        except CkError as error:
-            self.state = "LOCKED" if classify(error) is Fault.PIN else "DOWN"
-            self._retry_at, self._backoff = time.monotonic() + self._backoff, min(self._backoff * 2, 30.0)
-            raise self._unusable(error) from error
-        finally:
-            self._gate.open()
-            self._maintenance.release()
+    def failed(self, error: Exception) -> None:
+        """Take note that the token cannot be used: LOCKED if it refused its PIN, else DOWN."""
+        self.last_error = error.name if isinstance(error, CkError) else type(error).__name__
+        locked = isinstance(error, CkError) and classify(error) is Fault.PIN
+        if self.state == "UP" or locked:
+            self._down_since = time.monotonic()
+            facts = {"token": self.label, "error": str(error)}
+            log.error("HSM token refused its PIN" if locked else "HSM token is down", extra={"facts": facts})
+        self.state = "LOCKED" if locked else "DOWN"
+
+    def _refused(self) -> HsmUnavailable:
+        """Why the token cannot be used just now."""
+        if self.state == "LOCKED":
+            return HsmLocked(
+                f"token {self.label!r} refused its PIN ({self.last_error}); not tried again: check the PIN file, "
+                "then restart",
+                ckr=self.last_error,
+            )
+        return HsmUnavailable(f"token {self.label!r} cannot be used: {self.last_error}", ckr=self.last_error)
 
     def close(self) -> None:
         """Close the pool. Never C_Logout; the module ends with the process."""
+        self.recovery.detach(self)
         with self._lock:
             for session in self._idle:
                 session.close()
@@ -222,12 +186,13 @@ class TokenSessions:
             fault = classify(error)
             raise _Stopped(Fault.DEVICE if fault is Fault.CALLER else fault, error) from error
 
-    def _give(self, session: Session, *, reusable: bool) -> None:
+    def _give(self, session: Session, *, reusable: bool, valid: bool = True) -> None:
         with self._lock:
             if reusable:
                 self._idle.append(session)
             else:
-                session.close()
+                if valid:  # else its number may be another session's by now
+                    session.close()
                 self._opened -= 1
         self._slots.release()
 
@@ -240,8 +205,11 @@ class TokenSessions:
 
     def logged_in(self) -> bool:
         """Whether the home session still is: a search while logged out answers CKR_OK and finds nothing."""
-        with self._lock:
-            return self.home.state() in USER_STATES
+        try:
+            with self._lock:
+                return self.home.state() in USER_STATES
+        except CkError:
+            return False
 
     def _pin_key(self, key: Unwrap) -> Pinned:
         now = time.monotonic()
@@ -254,6 +222,7 @@ class TokenSessions:
             if entry is not None:
                 self._drop(key.name)
             entry = Pinned(key.load(self.home), self.epoch, now + CACHE_TTL_S)
+            self.unwraps += 1
             self._cache[key.name] = entry
             if len(self._cache) > self._cache_size:
                 self._drop(next(iter(self._cache)))
@@ -276,7 +245,7 @@ class TokenSessions:
 
     def forget(self, name: bytes) -> None:
         """Drop a key from the cache at once; a running user finishes and then destroys it."""
-        with contextlib.suppress(_Recovering), self._gate, self._lock:
+        with contextlib.suppress(Recovering), self.recovery.gate, self._lock:  # gate shut: all of it is emptied anyway
             self._drop(name)
 
     @property
@@ -302,41 +271,59 @@ class TokenSessions:
         """Run `act` with a pool session and the key's handle (0 without a key); it may run again.
 
         `judges_input` says that a refusal may be the caller's fault: then it is InvalidCiphertext. On our own keys and
-        digests it never is: HsmFault. Anything temporary is HsmUnavailable.
+        digests it never is: HsmFault. Anything temporary is HsmUnavailable, and nothing was executed then.
         """
-        suspected, last = False, "the HSM connection is being recovered"
-        for _ in range(attempts):
-            if self.state == "LOCKED":
-                raise HsmUnavailable(f"token {self._label!r} is locked: check its PIN, then restart")
-            seen = self.epoch
-            if self.state == "DOWN":
-                self._recover(seen, full=True)
+        suspected = False
+        until = time.monotonic() + RECOVERY_WAIT_S
+        last: CkError | None = None
+        while attempts > 0:
+            self._await_up(until)
             try:
-                with self._gate:
+                with self.recovery.gate:
                     seen = self.epoch
                     return self._once(act, key, judges_input=judges_input, suspected=suspected)
-            except _Recovering:
-                time.sleep(0.02)
+            except Recovering:
+                if time.monotonic() >= until:
+                    raise HsmUnavailable(f"token {self.label!r}: the HSM connection is being recovered") from None
+                self.recovery.gate.wait(max(0.0, until - time.monotonic()))
                 continue
             except _Stopped as stopped:
-                fault, last = stopped.fault, str(stopped.error)
-                error = stopped.error
+                fault, last = stopped.fault, stopped.error
+            attempts -= 1
             match fault:
                 case Fault.CALLER if judges_input:
                     raise InvalidCiphertext
                 case Fault.CALLER:
-                    raise HsmFault(error.name if error is not None else "CKR_GENERAL_ERROR")
+                    raise HsmFault(last.name)
                 case Fault.PIN:
-                    self.state = "LOCKED"
-                    raise HsmUnavailable(f"token {self._label!r} is locked: check its PIN, then restart")
+                    self.failed(last)
+                    raise self._refused()
                 case Fault.AMBIGUOUS:
                     suspected = True
                 case Fault.LOGIN | Fault.DEVICE:
-                    with contextlib.suppress(HsmUnavailable):
-                        self._recover(seen, full=fault is Fault.DEVICE)
+                    self._report(seen, last, full=fault is Fault.DEVICE)
+                    self.recovery.await_change(
+                        lambda was=seen: self.epoch != was or self.state != "UP",  # type: ignore[misc]  # mypy infers no lambda with a default
+                        max(0.0, until - time.monotonic()),
+                    )
                 case Fault.BUSY:
-                    time.sleep(0.02)
-        raise HsmUnavailable(last)
+                    time.sleep(BUSY_WAIT_S)
+        name = "" if last is None else last.name
+        raise HsmUnavailable(f"token {self.label!r} cannot be used: {last}", ckr=name)
+
+    def _await_up(self, until: float) -> None:
+        """Return once the token is up; wait only for a recovery that has just begun, never for a token that is gone."""
+        if self.state == "DOWN":
+            patience = min(until, self._down_since + RECOVERY_WAIT_S) - time.monotonic()
+            self.recovery.await_change(lambda: self.state != "DOWN", max(0.0, patience))
+        if self.state != "UP":
+            raise self._refused()
+
+    def _report(self, seen: int, error: CkError, *, full: bool) -> None:
+        """Ask for recovery, unless one has happened since this call began."""
+        if self.epoch == seen:
+            self.last_error = error.name
+            self.recovery.report(self, full=full)
 
     def _once(
         self,
@@ -346,8 +333,8 @@ class TokenSessions:
         judges_input: bool,
         suspected: bool,
     ) -> T:
-        session, entry, reusable = self._borrow(), None, False
-        acting = False
+        session, entry = self._borrow(), None
+        reusable, valid, acting = False, True, False
         try:
             if key is not None:
                 entry = self._pin_key(key)
@@ -356,22 +343,36 @@ class TokenSessions:
             reusable = True
             return made
         except CkError as error:
-            fault = classify(error)
+            fault = classify(error, self._bad_input)
             reusable = not acting or fault in {Fault.CALLER, Fault.STALE}
             if fault in {Fault.CALLER, Fault.AMBIGUOUS}:
                 fault = self._blame(fault, judges_input=judges_input and acting, suspected=suspected)
-            elif fault is Fault.SESSION and not acting:
-                fault = Fault.LOGIN  # it is the home session that died
+            elif fault is Fault.SESSION:
+                valid = error.rv not in GONE
+                if error.session == self.home.handle or not self.logged_in():
+                    fault = Fault.LOGIN  # the home session is not usable any more, or all are gone
             elif fault is Fault.STALE:
-                with self._lock:
-                    if key is not None:
-                        self._cache.pop(key.name, None)
-                    self._tokens.clear()
+                self._stale(key)
+            elif error.rv == DEVICE_MEMORY:
+                self._make_room()
             raise _Stopped(fault, error) from error
         finally:
             if entry is not None:
                 self._release(entry)
-            self._give(session, reusable=reusable)
+            self._give(session, reusable=reusable, valid=valid)
+
+    def _stale(self, key: Unwrap | None) -> None:
+        """A handle was refused: look up and unwrap anew."""
+        with self._lock:
+            if key is not None:
+                self._drop(key.name)
+            self._tokens.clear()
+
+    def _make_room(self) -> None:
+        """The token's memory is full: give back half of what is unwrapped there."""
+        with self._lock:
+            for name in list(self._cache)[: max(1, len(self._cache) // 2)]:
+                self._drop(name)
 
     def _blame(self, fault: Fault, *, judges_input: bool, suspected: bool) -> Fault:
         """The code blames the input: first ask the token for something that it must be able to do."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
 import statistics
+import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +21,14 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, utils
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from keystore.hsm import (
+    HsmEmpty,
     HsmFault,
+    HsmLocked,
     HsmStatus,
     HsmUnavailable,
     InvalidCiphertext,
     Material,
+    OaepHash,
     RowDamaged,
     SignScheme,
     StoredKey,
@@ -32,6 +38,7 @@ from keystore.hsm import (
 from keystore.pkcs11 import selftest
 from keystore.pkcs11.binding import Module, Session, gcm, mechanism, module, pss
 from keystore.pkcs11.errors import CkError
+from keystore.pkcs11.importing import Arrivals
 from keystore.pkcs11.mechanisms import (
     CKK,
     CKM,
@@ -45,14 +52,20 @@ from keystore.pkcs11.mechanisms import (
     at_birth,
     in_use,
     pair_at_birth,
+    sealed_with,
     sign_parts,
     spki,
 )
+from keystore.pkcs11.recovery import recovery_of
 from keystore.pkcs11.sessions import TokenSessions, Unwrap
-from keystore.pkcs11.vendors import VENDORS, Vendor
+from keystore.pkcs11.vendors import VENDORS, ProfileInvalid, Vendor, profile
 
 FAST_US: Final = 200.0  # a call quicker than this costs less inline than a thread hop
 ROOT, ROW_MAC, AUDIT = "root-kek", "row-mac", "audit"
+MAX_ROOTS: Final = 1_000  # root KEKs that a region has in its life: how far a row's KEK id is searched for
+CHECKED_ROWS: Final = 4_096  # row MACs remembered as right
+MAX_DATA: Final = 2_048  # bytes of a data object
+MAX_OBJECTS: Final = 16  # data objects of one role: one, and what crashes left
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +81,33 @@ class TokenConfig:
     lock_dir: Path  # the node's state directory, shared by its workers
     installation: uuid.UUID
     token_serial: str = ""
+    token_dir: Path | None = None  # fills `{token_dir}` in the profile's pReserved
     sessions: int = 8
     environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def profile(self) -> Vendor:
-        """The vendor's profile; HsmUnavailable names the known ones."""
-        if self.vendor not in VENDORS:
-            raise HsmUnavailable(f"unknown HSM vendor {self.vendor!r}; known: {', '.join(sorted(VENDORS))}")
-        return VENDORS[self.vendor]
+        """The vendor's profile; HsmUnavailable names the known ones, or what is wrong with the file."""
+        try:
+            return profile(self.vendor)
+        except KeyError:
+            known = ", ".join(sorted(VENDORS))
+            raise HsmUnavailable(
+                f"HSM {self.name}: unknown vendor {self.vendor!r}; known: {known}, or the absolute path of a profile"
+            ) from None
+        except ProfileInvalid as error:
+            raise HsmUnavailable(f"HSM {self.name}: {error}") from None
+
+    def reserved(self) -> bytes | None:
+        """pReserved of C_Initialize; HsmUnavailable if it needs the token's directory and that is not given."""
+        template = self.profile().reserved
+        if "{token_dir}" not in template:
+            return template.encode() or None
+        if self.token_dir is None:
+            raise HsmUnavailable(f"HSM {self.name}: vendor {self.vendor!r} needs the option token_dir")
+        directory = str(self.token_dir)
+        if "'" in directory:
+            raise HsmUnavailable(f"HSM {self.name}: token_dir must not contain a quotation mark")
+        return template.replace("{token_dir}", directory).encode()
 
     def pin(self) -> bytes:
         """The user PIN from its file; HsmUnavailable if that cannot be read."""
@@ -91,33 +123,62 @@ class TokenConfig:
         """
         return uuid.uuid5(self.installation, f"skms/{self.region}/{role}/{version}")
 
+    def root_version(self, kek: uuid.UUID) -> int:
+        """Which version of the region's root KEK has this id; RowDamaged if none has."""
+        slot = (self.installation, self.region, kek)
+        if slot not in _root_versions:
+            known = {self.object_id(ROOT, version): version for version in range(1, MAX_ROOTS + 1)}
+            if kek not in known:
+                raise RowDamaged(f"a row names the root KEK {kek}, which is none of region {self.region}")
+            _root_versions[slot] = known[kek]
+        return _root_versions[slot]
+
     def label(self, role: str, version: int = 1) -> str:
         """CKA_LABEL, for people; often public, so nothing of a tenant stands in it."""
         return f"skms/{self.installation}/{role}/{version}"
 
 
+_root_versions: dict[tuple[uuid.UUID, str, uuid.UUID], int] = {}
+_locked: dict[tuple[str, str, str], str] = {}  # (module, label, serial) of tokens that refused their PIN, and why
+
+
 def connect(config: TokenConfig, loaded: Module | None = None) -> TokenSessions:
-    """Load the module, find the token, log in."""
+    """Load the module, find the token, log in. HsmUnavailable with the reason.
+
+    HsmLocked if the token refused its PIN, now or earlier in this process: a second try is never made.
+    """
     vendor = config.profile()
-    os.environ.update(config.environment)
+    where = (str(config.module), config.token_label, config.token_serial)
+    if where in _locked:
+        raise HsmLocked(_locked[where])
+    os.environ.update({**vendor.environment, **config.environment})
     if loaded is None:
         if not config.module.is_file():
-            raise HsmUnavailable(f"PKCS#11 module {config.module} does not exist: install the HSM's client")
+            usual = "".join(f"; usual place: {path}" for path in vendor.modules if path.is_file())
+            raise HsmUnavailable(f"PKCS#11 module {config.module} does not exist: install the HSM's client{usual}")
         try:
-            loaded = module(str(config.module), vendor.reserved)
+            loaded = module(str(config.module), config.reserved())
         except CkError as error:
-            raise HsmUnavailable(f"PKCS#11 module {config.module} does not start: {error}") from error
+            raise HsmUnavailable(f"PKCS#11 module {config.module} does not start: {error}", ckr=error.name) from error
+    loaded.can_close_session, loaded.find_limit = vendor.can_close_session, vendor.find_limit
+    loaded.serialised = vendor.serialised_calls
     config.lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = config.lock_dir / "hsm-start.lock" if vendor.serialised_start else None
     sessions = TokenSessions(
-        loaded,
+        recovery_of(loaded, call_limit=vendor.call_limit, lock=lock),
         label=config.token_label,
         serial=config.token_serial or None,
         pin=config.pin,
         size=min(config.sessions, vendor.max_sessions),
         read_only=vendor.read_only_sessions,
-        lock=config.lock_dir / "hsm-start.lock" if vendor.serialised_start else None,
+        user_type=vendor.user_type,
+        bad_input=vendor.bad_input_codes,
     )
-    sessions.start()
+    try:
+        sessions.start()
+    except HsmLocked as refused:
+        _locked[where] = str(refused)
+        raise
     return sessions
 
 
@@ -140,10 +201,13 @@ class Pkcs11Hsm:
 
     def __init__(self, config: TokenConfig, sessions: TokenSessions) -> None:
         self._config, self._vendor, self._sessions = config, config.profile(), sessions
-        self._root_id = config.object_id(ROOT)
+        self._root_version = 1
+        self._checked: OrderedDict[bytes, None] = OrderedDict()
+        self._checked_lock = threading.Lock()
         self._kwp = self._vendor.kwp
         self._mechanisms = self._listed()
         self._missing: dict[Material, str | None] = {}
+        self._arrivals = Arrivals(sessions, self._vendor, self._root_in_force)
         self._fast = False
         self._serial = sessions.serial
         self._audit_public = b""
@@ -163,14 +227,35 @@ class Pkcs11Hsm:
         """Whether calls are quick enough for the event loop; measured at start."""
         return self._fast
 
+    @property
+    def state(self) -> str:
+        """UP, DOWN or LOCKED, without calling the token."""
+        return self._sessions.state
+
+    @property
+    def root_kek(self) -> uuid.UUID:
+        """CKA_ID of the root KEK that new keys are wrapped under."""
+        return self._config.object_id(ROOT, self._root_version)
+
+    def use_root(self, version: int) -> None:
+        """Wrap new keys under this version of the region's root KEK; HsmUnavailable if the token does not hold it."""
+        self._sessions.run(lambda s, _: self._root(s, version))
+        self._root_version = version
+
     # ---- start ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Find the installation's keys, run the self-test, probe the kinds, measure the speed."""
         sessions = self._sessions
+        versions = self._roots(sessions.home)
+        if self._root_version not in versions:
+            # Which one is current is said by the installation's own rows (`use_root`); the oldest is there until then.
+            self._root_version = min(versions, default=self._root_version)
         kek = self._root(sessions.home)
         self._row_mac_key(sessions.home)
-        selftest.run(selftest.Subject(sessions.home, self._vendor, kek))
+        self._missing = dict(
+            selftest.run(selftest.Subject(sessions.home, self._vendor, kek, self._mechanisms)).missing()
+        )
         self._audit_public = self.audit_public_key()
         for material in (Material.EC_P256, Material.EC_P384, Material.ED25519):
             self._missing[material] = self._probe(material)
@@ -179,7 +264,7 @@ class Pkcs11Hsm:
             begun = time.perf_counter()
             self.row_mac(b"speed")
             times.append((time.perf_counter() - begun) * 1e6)
-        self._fast = statistics.median(times) < FAST_US
+        self._fast = self._vendor.in_process and statistics.median(times) < FAST_US
 
     def _listed(self) -> frozenset[int]:
         _, token = self._sessions.module.find_slot(self._config.token_label, self._config.token_serial or None)
@@ -191,7 +276,7 @@ class Pkcs11Hsm:
             return reason
         try:
             made = self._birth(material, uuid.uuid4())
-            template = in_use(material, self._vendor)
+            template = in_use(material, self._vendor, made.public)
             scheme = {
                 Material.EC_P256: SignScheme.ECDSA_SHA_256,
                 Material.EC_P384: SignScheme.ECDSA_SHA_384,
@@ -215,7 +300,8 @@ class Pkcs11Hsm:
 
     def _unlisted(self, material: Material) -> str | None:
         kind = KINDS[material]
-        absent = [m for m in (kind.generate, kind.use, self._kwp) if m not in self._mechanisms]
+        use = self._vendor.gcm if kind.use == CKM.AES_GCM else kind.use
+        absent = [m for m in (kind.generate, use, self._kwp) if m not in self._mechanisms]
         if not absent:
             return None
         names = ", ".join(MECHANISM_NAMES.get(m, f"mechanism 0x{m:x}") for m in absent)
@@ -233,8 +319,8 @@ class Pkcs11Hsm:
 
     # ---- the installation's own objects ----------------------------------------------------------------------------
 
-    def _find(self, session: Session, role: str, object_class: int) -> int:
-        wanted = {A.CLASS: object_class, A.ID: self._config.object_id(role).bytes, A.TOKEN: True}
+    def _find(self, session: Session, role: str, object_class: int, version: int = 1) -> int:
+        wanted = {A.CLASS: object_class, A.ID: self._config.object_id(role, version).bytes, A.TOKEN: True}
         found = session.find(wanted)
         if len(found) == 1:
             return found[0]
@@ -242,11 +328,27 @@ class Pkcs11Hsm:
             raise CkError(0x101, "C_FindObjects")  # logged out, a token shows no private objects
         where = f"token {self._config.token_label!r}"
         if not found:
-            raise HsmUnavailable(f"{where} holds no {role} key of this installation: run `skms hsm init`")
+            name = role if version == 1 else f"{role} (version {version})"
+            raise HsmEmpty(f"{where} holds no {name} key of this installation: run `skms hsm init`")
         raise HsmUnavailable(f"{where} holds more than one {role} key of this installation: remove all but one")
 
-    def _root(self, _: Session) -> int:
-        return self._sessions.token_object(b"root", lambda s: self._find(s, ROOT, CKO.SECRET_KEY))
+    def _root(self, _: Session, version: int | None = None) -> int:
+        number = self._root_version if version is None else version
+        return self._sessions.token_object(b"root/%d" % number, lambda s: self._find(s, ROOT, CKO.SECRET_KEY, number))
+
+    def _root_in_force(self, session: Session) -> tuple[int, uuid.UUID]:
+        version = self._root_version
+        return self._root(session, version), self._config.object_id(ROOT, version)
+
+    def _roots(self, session: Session) -> list[int]:
+        """The versions of the region's root KEK that the token holds."""
+        found = []
+        for handle in session.find(
+            {A.CLASS: CKO.SECRET_KEY, A.KEY_TYPE: CKK.AES, A.TOKEN: True, A.WRAP: True}, MAX_ROOTS
+        ):
+            with contextlib.suppress(ValueError, RowDamaged):  # another installation's, or no id of ours at all
+                found.append(self._config.root_version(uuid.UUID(bytes=session.get(handle, A.ID, 256))))
+        return found
 
     def _row_mac_key(self, _: Session) -> int:
         return self._sessions.token_object(b"row-mac", lambda s: self._find(s, ROW_MAC, CKO.SECRET_KEY))
@@ -266,7 +368,8 @@ class Pkcs11Hsm:
         kind = KINDS[material]
 
         def act(session: Session, _: int) -> Wrapped:
-            root = self._root(session)
+            version = self._root_version
+            root = self._root(session, version)
             if kind.object_class == CKO.SECRET_KEY:
                 born = session.generate(mechanism(kind.generate), at_birth(material, object_id))
                 others, public = [born], b""
@@ -281,7 +384,7 @@ class Pkcs11Hsm:
             finally:
                 for handle in others:
                     session.destroy(handle)
-            return Wrapped(blob, KWP_NAME, self._root_id, public)
+            return Wrapped(blob, KWP_NAME, self._config.object_id(ROOT, version), public)
 
         # Nothing is on the token if this fails: the objects are the session's, so it may run again.
         return self._sessions.run(act)
@@ -294,6 +397,25 @@ class Pkcs11Hsm:
         """HMAC-SHA-256 under the row-MAC key."""
         return self._sessions.run(lambda s, _: s.sign(self._row_mac_key(s), mechanism(CKM.SHA256_HMAC), data, 64))
 
+    def check_row(self, binding: bytes, mac: bytes) -> None:
+        """RowDamaged unless `mac` is the row MAC of `binding`. What was right once is remembered, not asked again."""
+        self._sessions.run(lambda s, _: self._check_row(s, binding, mac))
+
+    def _check_row(self, session: Session, binding: bytes, mac: bytes) -> None:
+        seen = hashlib.sha256(len(mac).to_bytes(4, "big") + mac + binding).digest()
+        with self._checked_lock:
+            if seen in self._checked:
+                self._checked.move_to_end(seen)
+                return
+        # Computed and compared here, never by C_Verify: one vendor answers a wrong HMAC as if the device had failed.
+        made = session.sign(self._row_mac_key(session), mechanism(CKM.SHA256_HMAC), binding, 64)
+        if not hmac.compare_digest(made, mac):
+            raise RowDamaged("a key row was changed outside the service: its row MAC is wrong")
+        with self._checked_lock:
+            self._checked[seen] = None
+            if len(self._checked) > CHECKED_ROWS:
+                self._checked.popitem(last=False)
+
     def hmac(self, key: StoredKey, algorithm: str, data: bytes) -> bytes:
         """HMAC under a KDK or HMAC key."""
         number = HMAC[algorithm]
@@ -301,16 +423,14 @@ class Pkcs11Hsm:
 
     def gcm_seal(self, key: StoredKey, aad: bytes, data: bytes) -> tuple[bytes, bytes]:
         """(IV, ciphertext and tag), AES-256-GCM in the token. A retry takes a fresh IV."""
-        written = self._vendor.gcm_iv != "caller"
+        if len(data) > self._vendor.max_gcm_bytes:
+            raise UnsupportedByHsm(f"{self.name} encrypts at most {self._vendor.max_gcm_bytes} bytes in one call")
 
         def act(session: Session, handle: int) -> tuple[bytes, bytes]:
-            # 12 random bytes, or zeros for the token to write over; never a counter: a restored database repeats it.
-            how = gcm(CKM.AES_GCM, bytes(12) if written else os.urandom(12), aad)
-            sealed = session.encrypt(handle, how, data)
-            iv = bytes(how.keep.iv.raw)
-            if iv == bytes(12):
-                raise HsmFault("CKR_GENERAL_ERROR")  # the token was to write the IV and did not: nonce reuse
-            return iv, sealed
+            try:
+                return sealed_with(session, handle, self._vendor, aad, data)
+            except ValueError:
+                raise HsmFault("CKR_GENERAL_ERROR") from None  # the token was to make the IV and did not: nonce reuse
 
         return self._sessions.run(act, key=self._unwrap(key))
 
@@ -319,7 +439,7 @@ class Pkcs11Hsm:
         if len(iv) != 12 or len(data) < 16:
             raise InvalidCiphertext  # some tokens leave the operation active after such input
         return self._sessions.run(
-            lambda s, h: s.decrypt(h, gcm(CKM.AES_GCM, iv, aad), data), key=self._unwrap(key), judges_input=True
+            lambda s, h: s.decrypt(h, gcm(self._vendor.gcm, iv, aad), data), key=self._unwrap(key), judges_input=True
         )
 
     def sign(self, key: StoredKey, scheme: SignScheme, data: bytes) -> bytes:
@@ -395,7 +515,7 @@ class Pkcs11Hsm:
             token_label=self._config.token_label,
             token_serial=self._serial,
             firmware=s.firmware,
-            root_kek=self._root_id,
+            root_kek=self.root_kek,
             epoch=s.epoch,
             cached_keys=s.cached,
             sessions_open=s.opened,
@@ -409,6 +529,65 @@ class Pkcs11Hsm:
         """Close the pool of sessions."""
         self._sessions.close()
 
+    # ---- keystore.Importer ---------------------------------------------------------------------------------------
+
+    def opens(self, oaep: OaepHash) -> bool:
+        """Whether the token itself opens RSAES-OAEP with this hash."""
+        return self._arrivals.opens(oaep)
+
+    def admit_wrapped(
+        self,
+        transport: StoredKey,
+        oaep: OaepHash,
+        wrapped: bytes,
+        material: Material,
+        object_id: uuid.UUID,
+        *,
+        inner: bytes | None,
+        public: bytes,
+    ) -> Wrapped:
+        """Open what a customer wrapped, inside the token."""
+        key = self._unwrap(transport)
+        return self._arrivals.wrapped(key, oaep, wrapped, material, object_id, inner=inner, public=public)
+
+    def admit_clear(self, material: Material, clear: bytes, object_id: uuid.UUID, *, public: bytes) -> Wrapped:
+        """Take in a key that had to be opened outside the token."""
+        return self._arrivals.clear(material, clear, object_id, public=public)
+
+    # ---- keystore.DataKeeper -------------------------------------------------------------------------------------
+
+    def data_objects(self, role: str) -> tuple[bytes, ...]:
+        """What the data objects of a role hold."""
+        names = self._data_names(role)
+        return self._sessions.run(lambda s, _: tuple(s.get(h, A.VALUE) for h in s.find(names, MAX_OBJECTS)))
+
+    def keep_data_object(self, role: str, data: bytes) -> None:
+        """Store a few bytes: CKO_DATA, private, so that only who has logged in sees or changes it."""
+        if len(data) > MAX_DATA:
+            raise UnsupportedByHsm(f"HSM {self.name}: a data object of {len(data)} bytes; at most {MAX_DATA}")
+        names = self._data_names(role)
+        birth = {**names, A.TOKEN: True, A.PRIVATE: True, A.MODIFIABLE: False, A.VALUE: data}
+
+        def act(_: Session, __: int) -> None:
+            # The pool's sessions may be read-only. A new object, because SoftHSM changes no CKA_VALUE.
+            session = self._sessions.module.open(self._sessions.slot, write=True)
+            try:
+                before = session.find(names, MAX_OBJECTS)
+                session.create(birth)
+                for handle in before:
+                    session.destroy(handle)
+            finally:
+                session.close()
+
+        try:
+            self._sessions.run(act)
+        except HsmFault as fault:
+            reason = f"HSM {self.name} keeps no data objects: it answers {fault.ckr}"
+            raise UnsupportedByHsm(reason) from None
+
+    def _data_names(self, role: str) -> dict[int, object]:
+        return {A.CLASS: CKO.DATA, A.APPLICATION: "skms", A.LABEL: self._config.label(role)}
+
     # ---- inside --------------------------------------------------------------------------------------------------
 
     def _unwrap(self, key: StoredKey) -> Unwrap:
@@ -417,12 +596,10 @@ class Pkcs11Hsm:
     def _loader(self, key: StoredKey) -> Callable[[Session], int]:
         def load(home: Session) -> int:
             # Key wrap has no AAD: the MAC says whose key this is and of what kind, before the token sees the blob.
-            made = home.sign(self._row_mac_key(home), mechanism(CKM.SHA256_HMAC), key.binding, 64)
-            if not hmac.compare_digest(made, key.mac):
-                raise RowDamaged(f"row of key version {key.object_id} was changed outside the service")
-            if key.kek != self._root_id or key.mechanism != KWP_NAME or not key.blob:
-                raise RowDamaged(f"row of key version {key.object_id} names another root KEK or mechanism")
-            template = in_use(key.material, self._vendor)
-            return home.unwrap(mechanism(self._kwp), self._root(home), key.blob, template)
+            self._check_row(home, key.binding, key.mac)
+            if key.mechanism != KWP_NAME or not key.blob:
+                raise RowDamaged(f"row of key version {key.object_id} names another mechanism, or has no key")
+            root = self._root(home, self._config.root_version(key.kek))
+            return home.unwrap(mechanism(self._kwp), root, key.blob, in_use(key.material, self._vendor, key.public))
 
         return load

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import httpx
 
@@ -26,10 +26,14 @@ EXIT: Final[Mapping[str, int]] = {
     "attestation_failed": DENIED,
     "version_fenced": DENIED,
     "approval_required": WAITING,
+    "approval_refused": DENIED,
     "not_found": NOT_FOUND,
     "key_destroyed": NOT_FOUND,
     "key_state_invalid": CONFLICT,
+    "hsm_state_invalid": CONFLICT,
     "alias_in_use": CONFLICT,
+    "bundle_lost": CONFLICT,
+    "facts_lost": CONFLICT,
     "tier_not_met": CONFLICT,
     "policy_would_lock_out": CONFLICT,
     "idempotency_in_progress": TEMPORARY,
@@ -46,6 +50,9 @@ EXIT: Final[Mapping[str, int]] = {
     "hsm_timeout": TEMPORARY,
     "hsm_unavailable": TEMPORARY,
     "audit_unavailable": TEMPORARY,
+    "checkpoint_pending": TEMPORARY,
+    "record_archived": CONFLICT,
+    "audit_damaged": FAILED_CHECK,
     "freeze_unconfirmed": TEMPORARY,
     "draining": TEMPORARY,
 }
@@ -58,8 +65,13 @@ WHAT_TO_DO: Final[Mapping[str, str]] = {
     "etag_mismatch": "somebody changed the key meanwhile: look at it, then try again",
     "invalid_ciphertext": "check that ciphertext and context are complete and unchanged",
     "audit_unavailable": "the audit log cannot be written; nothing was done; look at the node's disk and database",
+    "audit_damaged": "run `skms audit verify` on the node: it names the first bad record",
+    "record_archived": "export with `skms audit export` and verify with `skms-verify EXPORT --archive DIR`",
+    "checkpoint_pending": "the notary signs each second: try again",
     "hsm_unavailable": "look at `skms hsm status`",
     "algorithm_not_supported_by_hsm": "`skms hsm status` lists what each HSM can hold",
+    "frozen": "a security officer stopped this; `skms freeze show` tells more to the officers and auditors of the tenant",
+    "freeze_unconfirmed": "the node cannot read its freezes: look at its database, and at the alarms in its log",
     "tier_not_met": "meet each missing condition, or choose another tier",
 }
 
@@ -150,6 +162,22 @@ class Client:
         """The JSON of a GET."""
         return self.call("GET", path, **options).json()
 
+    def text(self, path: str, **options: Any) -> bytes:
+        """The bytes of a GET."""
+        return self.call("GET", path, **options).content
+
+    def download(self, path: str, to: BinaryIO, *, query: Mapping[str, str]) -> None:
+        """Write the answer of a GET to a file while it arrives; Failed if it ends early."""
+        try:
+            with self._http.stream("GET", path, params=dict(query) or None) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                    raise explained(answer)
+                for piece in answer.iter_bytes():
+                    to.write(piece)
+        except httpx.TransportError as error:
+            raise Failed(TEMPORARY, f"{self._http.base_url}: the answer was cut ({type(error).__name__})") from None
+
     def post(self, path: str, body: Mapping[str, object] | None = None, **options: Any) -> Any:
         """The JSON of a POST."""
         return self.call("POST", path, body, **options).json()
@@ -173,6 +201,8 @@ def explained(answer: httpx.Response) -> Failed:
         ("rule", "decided by rule"),
         ("state", "state of the key"),
         ("detail", "because"),
+        ("freeze_id", "freeze"),
+        ("since", "since"),
         ("missing", "missing"),
         ("file", "file"),
         ("line", "line"),
@@ -202,6 +232,14 @@ def read_input(source: str) -> bytes:
         raise Failed(USAGE, f"{source}: {error.strerror}") from None
 
 
+def open_output(target: str) -> BinaryIO:
+    """A new file of mode 0600 to write to piece by piece."""
+    try:
+        return os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+    except OSError as error:
+        raise Failed(USAGE, f"{target}: {error.strerror}") from None
+
+
 def write_output(target: str, data: bytes) -> None:
     """Bytes to a new file of mode 0600, or to standard output for `-`."""
     if target == "-":
@@ -209,7 +247,7 @@ def write_output(target: str, data: bytes) -> None:
         sys.stdout.buffer.flush()
         return
     try:
-        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with open_output(target) as file:
             file.write(data)
     except OSError as error:
         raise Failed(USAGE, f"{target}: {error.strerror}") from None

@@ -6,9 +6,10 @@ import base64
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,18 +18,24 @@ from rich.table import Table
 
 from service.cli import filecrypt
 from service.cli.client import (
+    CONFLICT,
+    DENIED,
     FAILED_CHECK,
     INTERNAL,
+    NOT_FOUND,
     OK,
     TEMPORARY,
     USAGE,
+    WAITING,
     Client,
     Connection,
     Failed,
+    open_output,
     read_input,
     write_output,
 )
 
+T = TypeVar("T")
 out: Final = Console()
 err: Final = Console(stderr=True)
 
@@ -59,14 +66,19 @@ app = typer.Typer(
     help="Sovereign KMS. Exit status: 0 ok, 1 internal, 2 usage, 3 denied, 4 not found, 5 conflict or state, "
     "6 waiting for approval, 7 temporary, 8 verification failed.",
 )
-key_app, alias_app, hsm_app = group("Keys"), group("Aliases"), group("HSMs")
+key_app, alias_app, hsm_app, drill_app = group("Keys"), group("Aliases"), group("HSMs"), group("Drills")
+freeze_app, approval_app = group("Freezes: stop at once, lift by a quorum"), group("Requests for approval")
 policy_app, token_app, audit_app = group("Policy"), group("API tokens"), group("Audit log")
 tenant_app, region_app, envelope_app = group("Tenants"), group("Regions"), group("Ciphertexts, offline")
 file_app, dev_app, config_app = group("Files of any size"), group("Development node"), group("Configuration")
+witness_app = group("Being a witness of other logs")
 for name, sub in {
     "key": key_app,
     "alias": alias_app,
     "hsm": hsm_app,
+    "drill": drill_app,
+    "freeze": freeze_app,
+    "approval": approval_app,
     "policy": policy_app,
     "token": token_app,
     "audit": audit_app,
@@ -76,8 +88,13 @@ for name, sub in {
     "file": file_app,
     "dev": dev_app,
     "config": config_app,
+    "witness": witness_app,
 }.items():
     app.add_typer(sub, name=name)
+
+
+transcript_app = group("Transcripts of ceremonies")
+hsm_app.add_typer(transcript_app, name="transcript")
 
 
 @app.callback()
@@ -193,17 +210,19 @@ def key_create(
     reach: Annotated[list[str], typer.Option(help="where callers may be")] = [],
     egress: Annotated[list[str], typer.Option(help="where plaintext may go")] = [],
     purpose: Annotated[list[str], typer.Option()] = [],
-    suite: Annotated[str, typer.Option(help="0x0001 or 0x0002")] = "",
+    origin: Annotated[str, typer.Option(help="hsm, or external: its material is imported")] = "hsm",
+    suite: Annotated[str, typer.Option(help="0x0001 or 0x0002; imported: 0x0005 (32 bytes) or 0x0001 (64)")] = "",
     rotate_after: Annotated[str, typer.Option(help="ISO 8601: P90D")] = "",
     rotate_after_uses: Annotated[int, typer.Option()] = 0,
     description: Annotated[str, typer.Option()] = "",
     tag: Annotated[list[str], typer.Option(help="name=value")] = [],
 ) -> None:
-    """Create a key in the HSM of its home region."""
+    """Create a key in the HSM of its home region, or one that waits for its import."""
     body: dict[str, Any] = {"spec": spec, "tier": tier, "home": home, "description": description, "tags": pairs(tag)}
     lists = {"residency": residency, "execution": execution, "reach": reach, "egress": egress, "purposes": purpose}
     body |= {name: value for name, value in lists.items() if value}
     body |= {name: value for name, value in (("alias", alias), ("suite", suite)) if value}
+    body |= {"origin": origin} if origin != "hsm" else {}
     if rotate_after or rotate_after_uses:
         body["rotation"] = {"max_age": rotate_after or None, "max_uses": rotate_after_uses or None}
     show(options.client().post("/v1/keys", body, idempotent=True))
@@ -260,6 +279,65 @@ def key_rotate(key: Key) -> None:
     show(options.client().post(f"/v1/keys/{key}/rotate", idempotent=True))
 
 
+Wrap = Annotated[str, typer.Option("--wrapping", help="how the key is wrapped: docs/import.md")]
+RsaSpec = Annotated[str, typer.Option("--wrapping-key-spec", help="RSA_3072 or RSA_4096")]
+
+
+@key_app.command("import-parameters")
+def key_import_parameters(
+    key: Key, wrapping: Wrap = "RSA_AES_KEY_WRAP_SHA_256", wrapping_key_spec: RsaSpec = ""
+) -> None:
+    """A wrapping key and a token for one import, good for 24 hours; earlier tokens of the key are spent."""
+    show(_import_parameters(options.client(), key, wrapping, wrapping_key_spec))
+
+
+def _import_parameters(client: Client, key: str, wrapping: str, rsa_spec: str) -> Any:
+    body = {"wrapping": wrapping} | ({"wrapping_key_spec": rsa_spec} if rsa_spec else {})
+    return client.post(f"/v1/keys/{key}/import-parameters", body)
+
+
+@key_app.command("import")
+def key_import(
+    key: Key,
+    material: Annotated[str, typer.Option(help="secret or private key: a file, or - for standard input")] = "",
+    wrapping: Wrap = "RSA_AES_KEY_WRAP_SHA_256",
+    wrapping_key_spec: RsaSpec = "",
+    expires_at: Annotated[str, typer.Option(help="end of the material, RFC 3339")] = "",
+    parameters: Annotated[str, typer.Option(help="file of `import-parameters -o json`, for a key wrapped before")] = "",
+    wrapped_key: Annotated[str, typer.Option(help="file with the wrapped key")] = "",
+    check_value: Annotated[str, typer.Option(help="its key check value, 16 hex digits")] = "",
+    public_key: Annotated[str, typer.Option(help="file with its public half (PEM)")] = "",
+) -> None:
+    """Wrap a key here and import it; or, with --wrapped-key, import one that was wrapped elsewhere."""
+    client = options.client()
+    if bool(material) == bool(wrapped_key):
+        raise Failed(USAGE, "give --material, or --parameters, --wrapped-key and --check-value")
+    if wrapped_key:
+        if not (parameters and check_value):
+            raise Failed(USAGE, "--wrapped-key needs the --parameters it was made with, and --check-value")
+        try:
+            token = json.loads(read_input(parameters))["import_token"]
+        except (ValueError, KeyError, TypeError):
+            raise Failed(USAGE, f"{parameters}: not the answer of `skms -o json key import-parameters`") from None
+        body = {"import_token": token, "wrapped_key": b64(read_input(wrapped_key)), "key_check_value": check_value}
+        body |= {"public_key": read_input(public_key).decode("ascii", "replace")} if public_key else {}
+    else:
+        body = _wrapped_here(client, key, read_input(material), wrapping, wrapping_key_spec)
+    body |= {"expires_at": expires_at} if expires_at else {}
+    show(client.post(f"/v1/keys/{key}/import", body, idempotent=True))
+
+
+def _wrapped_here(client: Client, key: str, data: bytes, wrapping: str, rsa_spec: str) -> dict[str, Any]:
+    from service.cli.importing import Material, body_of
+
+    found = client.get(f"/v1/keys/{key}")
+    read = Material.read(found["usage"], data)
+    made = _import_parameters(client, key, wrapping, rsa_spec)
+    if "would" in made:
+        raise Failed(USAGE, "--dry-run: an import needs import parameters; try `skms --dry-run key import-parameters`")
+    return body_of(made, found, client.get("/v1/whoami")["tenant"], read)
+
+
 @key_app.command("disable")
 def key_disable(key: Key) -> None:
     """Stop every use of a key at once."""
@@ -295,7 +373,7 @@ def key_cancel_deletion(key: Key) -> None:
 def key_versions(key: Key) -> None:
     """A key's versions."""
     found = options.client().get(f"/v1/keys/{key}/versions")["items"]
-    show_list(found, "version", "state", "created_at", "uses")
+    show_list(found, "version", "state", "created_at", "uses", "import_path", "expires_at")
 
 
 @key_app.command("revoke-version")
@@ -584,7 +662,260 @@ def region_list() -> None:
 def hsm_status() -> None:
     """State of the node's HSMs."""
     found = options.client().get("/v1/hsms")["items"]
-    show_list(found, "name", "region", "vendor", "state", "token_label", "token_serial", "specs", "missing")
+    show_list(found, "name", "region", "admin", "state", "in_flight", "vendor", "token_label", "last_error")
+
+
+@hsm_app.command("drain")
+def hsm_drain(
+    name: str, wait: Annotated[bool, typer.Option("--wait", help="until its last call has ended")] = False
+) -> None:
+    """Give an HSM no more calls, so that it can be serviced; refused if no other could serve."""
+    client = options.client()
+    answer = client.post(f"/v1/hsms/{name}/drain")
+    while wait and not answer.get("drained", True):
+        time.sleep(0.2)
+        answer = next(h for h in client.get("/v1/hsms")["items"] if h["name"] == name)
+    show(answer)
+
+
+@hsm_app.command("undrain")
+def hsm_undrain(
+    name: str, wait: Annotated[bool, typer.Option("--wait", help="until its canary succeeded")] = False
+) -> None:
+    """Let an HSM serve again."""
+    client = options.client()
+    answer = client.post(f"/v1/hsms/{name}/undrain")
+    while wait and answer.get("state", "UP") == "SUSPECT":
+        time.sleep(0.2)
+        answer = next(h for h in client.get("/v1/hsms")["items"] if h["name"] == name)
+    show(answer)
+
+
+@freeze_app.command("start")
+def freeze_start(
+    reason: Annotated[str, typer.Option(help="a reason code, for the record")],
+    everything: Annotated[bool, typer.Option("--everything", help="every operation of the installation")] = False,
+    key: Annotated[str, typer.Option(help="a key by id or alias/NAME")] = "",
+    tag: Annotated[str, typer.Option(help="keys with a tag, as NAME=VALUE")] = "",
+    tenant: Annotated[str, typer.Option(help="all keys of a tenant")] = "",
+    region: Annotated[str, typer.Option(help="a region, jurisdiction or group of the charter")] = "",
+    tier: Annotated[str, typer.Option(help="keys of a tier")] = "",
+    caller: Annotated[str, typer.Option(help="whatever this caller asks, by the id that `skms whoami` shows")] = "",
+    hsm: Annotated[str, typer.Option(help="whatever this HSM may be asked for")] = "",
+) -> None:
+    """Stop every operation in one scope, on every worker and node; exit status 7 if a worker may still serve."""
+    named = {"key": key, "tag": tag, "tenant": tenant, "region": region, "tier": tier, "caller": caller, "hsm": hsm}
+    chosen = [{"kind": kind, "value": value} for kind, value in named.items() if value]
+    chosen += [{"kind": "everything"}] if everything else []
+    if len(chosen) != 1:
+        raise Failed(USAGE, "name exactly one scope: --everything, --key, --tag, --tenant, --region, --tier, ...")
+    body = {"scope": chosen[0], "reason": {"code": reason}}
+    found = options.client().post("/v1/freezes", body, idempotent=True)
+    show(found)
+    if "contained_at" in found and found["contained_at"] is None:
+        raise typer.Exit(TEMPORARY)
+
+
+@freeze_app.command("list")
+def freeze_list() -> None:
+    """Freezes, newest first."""
+    found = options.client().get("/v1/freezes")["items"]
+    show_list(found, "id", "scope", "tenant", "reason", "officer", "since", "lifted_at")
+
+
+@freeze_app.command("show")
+def freeze_show(freeze: Annotated[str, typer.Argument(help="its id")]) -> None:
+    """A freeze: who obeys it, when it was contained, and the last use in its scope that succeeded."""
+    show(options.client().get(f"/v1/freezes/{freeze}"))
+
+
+@freeze_app.command("drill")
+def freeze_drill(
+    key: Annotated[str, typer.Option(help="a key with the tag canary=true, by id or alias/NAME")],
+) -> None:
+    """Stop a canary key, measure how long every worker takes to obey, lift it again; exit status 7 if one stayed silent."""
+    found = options.client().post("/v1/freezes/drill", {"key": key}, idempotent=True)
+    show(found)
+    if "contained_at" in found and found["contained_at"] is None:
+        raise typer.Exit(TEMPORARY)
+
+
+@freeze_app.command("lift")
+def freeze_lift(freeze: Annotated[str, typer.Argument(help="its id")]) -> None:
+    """Ask for the lift of a freeze; exit status 6: it is done once a quorum has signed (`skms approval sign`)."""
+    show(options.client().post(f"/v1/freezes/{freeze}/lift", idempotent=True))
+    if not options.dry_run:
+        raise typer.Exit(WAITING)
+
+
+@approval_app.command("list")
+def approval_list() -> None:
+    """Requests for approval, newest first."""
+    found = options.client().get("/v1/approvals")["items"]
+    show_list(found, "id", "kind", "state", "approvers", "needed", "created_at", "expires_at")
+
+
+@approval_app.command("show")
+def approval_show(
+    approval: Annotated[str, typer.Argument(help="its id")],
+    to: Annotated[
+        Path | None, typer.Option(help="write what is signed to a file, for a machine without network")
+    ] = None,
+) -> None:
+    """A request: what exactly is asked, and who has approved it."""
+    found = options.client().get(f"/v1/approvals/{approval}")
+    if to is not None:
+        write_output(str(to), json.dumps(found["request"], indent=2).encode())
+    show(found)
+
+
+@approval_app.command("sign")
+def approval_sign(
+    approval: Annotated[str, typer.Argument(help="its id, or the file of `skms approval show --to`")],
+    name: Annotated[str, typer.Option(help="the approver's name in [[approvals.approver]]")],
+    key: Annotated[Path, typer.Option(help="the approver's Ed25519 key (PEM)")],
+    password_file: Annotated[Path | None, typer.Option(help="password of the key")] = None,
+    to: Annotated[Path | None, typer.Option(help="write the approval to a file, for `skms approval add`")] = None,
+) -> None:
+    """Approve a request, and hand the approval in or write it to a file."""
+    from service.approvals import ApprovalRefused, Asked, approve
+
+    try:
+        offline = Path(approval).is_file()
+        given = json.loads(Path(approval).read_text()) if offline else None
+        request = given if offline else options.client().get(f"/v1/approvals/{approval}")["request"]
+        asked = Asked.of(json.dumps(request))
+        password = None if password_file is None else read_input(str(password_file)).rstrip(b"\n")
+        made = approve(asked.kind, asked.digest(), name=name, key_file=key, password=password)
+    except (ValueError, ApprovalRefused) as refused:
+        raise Failed(USAGE, str(refused)) from None
+    if to is not None:
+        write_output(str(to), made.to_json().encode())
+    if offline or to is not None:
+        show(dataclasses.asdict(asked) | {"digest": made.digest, "approval": str(to)})
+        return
+    _hand_in(approval, made)
+
+
+@approval_app.command("add")
+def approval_add(
+    approval: Annotated[str, typer.Argument(help="id of the request")],
+    file: Annotated[Path, typer.Argument(help="the approval that `skms approval sign --to` wrote")],
+) -> None:
+    """Hand in an approval that was signed elsewhere."""
+    from service.approvals import ApprovalRefused, load_approval
+
+    try:
+        _hand_in(approval, load_approval(file))
+    except ApprovalRefused as refused:
+        raise Failed(USAGE, str(refused)) from None
+
+
+def _hand_in(approval: str, made: Any) -> None:
+    body = {"approver": made.approver, "signature": made.signature.hex()}
+    show(options.client().post(f"/v1/approvals/{approval}/signatures", body))
+
+
+@approval_app.command("cancel")
+def approval_cancel(approval: Annotated[str, typer.Argument(help="its id")]) -> None:
+    """Withdraw a request before it is executed."""
+    show(options.client().post(f"/v1/approvals/{approval}/cancel"))
+
+
+@drill_app.command("exit")
+def drill_exit(
+    source: Annotated[str, typer.Option("--from", help="HSM that is to be left")],
+    target: Annotated[str, typer.Option("--to", help="HSM that takes over")],
+    observe: Annotated[str, typer.Option(help="how long to watch after the switch")] = "PT30S",
+    rate: Annotated[int, typer.Option(min=1, help="key versions proven a second")] = 500,
+    config: Annotated[Path | None, typer.Option("--config", help="on the node's host: run the join ceremony")] = None,
+    so_pin_file: Annotated[Path | None, typer.Option("--so-pin-file", help="of the security officer, for it")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="until it can be confirmed")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="wait, then confirm if no request was refused")] = False,
+) -> None:
+    """Exchange one HSM for another under load; exit status 5 if the drill failed, 8 if requests were refused."""
+    client = options.client()
+    if config is not None and _state_of(client, target) != "UP":
+        _join(config, source, target, so_pin_file)
+        _await_state(client, target)
+    body = {"kind": "exit", "from": source, "to": target, "observe": observe, "rate": rate}
+    drill = client.post("/v1/drills", body, idempotent=True)
+    while (wait or confirm) and drill.get("state") == "running" and drill["step"] != "confirm":
+        time.sleep(0.5)
+        drill = client.get(f"/v1/drills/{drill['id']}")
+    if confirm and drill.get("step") == "confirm" and drill["state"] == "running":
+        if drill["result"]["refused"]:
+            show(drill)
+            raise Failed(FAILED_CHECK, "requests were refused: look at `skms drill report`, then confirm or abort")
+        drill = client.post(f"/v1/drills/{drill['id']}/confirm")
+    show(drill)
+    if drill.get("state") in {"failed", "cancelled"}:
+        raise typer.Exit(CONFLICT)
+
+
+def _state_of(client: Client, name: str) -> str:
+    found = [h["state"] for h in client.get("/v1/hsms")["items"] if h["name"] == name]
+    if not found:
+        raise Failed(NOT_FOUND, f"no HSM {name!r} in the node's configuration: add it to [[hsm]] and restart")
+    return str(found[0])
+
+
+def _join(config: Path, source: str, target: str, so_pin_file: Path | None) -> None:
+    """The ceremony that brings the region's keys from one token to another; on the node's host."""
+    from keystore import HsmUnavailable, SelfTestFailed
+    from keystore.pkcs11 import CeremonyRefused, Transcript, join
+    from service.wiring import token_configs
+
+    tokens = {t.name: t for t in token_configs(_config(config))}
+    if missing := {source, target} - set(tokens):
+        raise Failed(USAGE, f"{config} names no [[hsm]] {sorted(missing)[0]!r}")
+    facts: dict[str, Any] = {"installation": str(tokens[source].installation), "region": tokens[source].region}
+    transcript = Transcript("join", facts, lambda: time.time_ns() // 1_000)
+    try:
+        report = join(tokens[source], tokens[target], so_pin_file=so_pin_file, transcript=transcript)
+    except (CeremonyRefused, HsmUnavailable, SelfTestFailed) as error:
+        raise Failed(INTERNAL, str(error)) from None
+    err.print(f"HSM {report.hsm} joined; SHA-256 of the transcript: {transcript.sha256}", highlight=False)
+
+
+def _await_state(client: Client, name: str, *, seconds: float = 60.0) -> None:
+    """Wait until the node has taken an HSM in."""
+    until = time.monotonic() + seconds
+    while (state := _state_of(client, name)) != "UP":
+        if time.monotonic() > until:
+            raise Failed(TEMPORARY, f"HSM {name} is {state} after the ceremony: see `skms hsm status`")
+        time.sleep(0.5)
+
+
+@drill_app.command("list")
+def drill_list() -> None:
+    """Drills, newest first."""
+    found = [{**d, **d["parameters"]} for d in options.client().get("/v1/drills")["items"]]
+    show_list(found, "id", "state", "step", "from", "to", "progress", "created_at", "result")
+
+
+@drill_app.command("show")
+def drill_show(drill: str) -> None:
+    """Where a drill stands."""
+    show(options.client().get(f"/v1/drills/{drill}"))
+
+
+@drill_app.command("report")
+def drill_report(drill: str) -> None:
+    """What the audit log says of a drill: keys, requests, refused requests, times, and which records say so."""
+    show(options.client().get(f"/v1/drills/{drill}/report"))
+
+
+@drill_app.command("abort")
+def drill_abort(drill: str) -> None:
+    """End a drill before it is confirmed; both HSMs are used as before."""
+    show(options.client().post(f"/v1/drills/{drill}/abort"))
+
+
+@drill_app.command("confirm")
+def drill_confirm(drill: str) -> None:
+    """Accept the exchange; the old HSM is drained and may leave the configuration."""
+    show(options.client().post(f"/v1/drills/{drill}/confirm"))
 
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="configuration file (TOML)")]
@@ -600,18 +931,238 @@ def _config(path: Path) -> Any:
 
 
 @hsm_app.command("init")
-def hsm_init(config: ConfigFile) -> None:
-    """The ceremony: root KEK, row-MAC key and audit key on every token; changes nothing that is there."""
+def hsm_init(
+    config: ConfigFile,
+    sealed_root: Annotated[
+        bool, typer.Option("--sealed-root", help="keys that never leave this token: no second token, no backup")
+    ] = False,
+) -> None:
+    """The ceremony: root KEK, row-MAC key and audit key on one token of each region; changes nothing that is there.
+
+    The region's other tokens join it: see `skms hsm join`.
+    """
     from keystore import HsmUnavailable, SelfTestFailed
-    from keystore.pkcs11 import initialise
+    from keystore.pkcs11 import CeremonyRefused, initialise
+    from service import ceremonies
+    from service.wiring import serving_tokens
+
+    found = _config(config)
+    tokens = serving_tokens(found)
+    for region in dict.fromkeys(t.region for t in tokens):
+        transcript = ceremonies.begin("init", found, region)
+        try:
+            token, joining = ceremonies.founder_of([t for t in tokens if t.region == region])
+            report = initialise(token, sealed=sealed_root, transcript=transcript)
+        except (HsmUnavailable, SelfTestFailed, CeremonyRefused) as error:
+            transcript.add("failed", why=str(error))
+            kept = ceremonies.keep(transcript, found)
+            raise Failed(INTERNAL, f"{error}; transcript: {kept}") from None
+        show({**dataclasses.asdict(report), **_kept(transcript, found)})
+        for other in joining:
+            err.print(
+                f"HSM {other.name} holds no root KEK of region {region} yet: run `skms hsm join --config {config} "
+                f"--from {token.name} --to {other.name} --so-pin-file FILE`",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+@hsm_app.command("join")
+def hsm_join(
+    config: ConfigFile,
+    source: Annotated[str, typer.Option("--from", help="HSM of the configuration that has the keys")],
+    target: Annotated[str, typer.Option("--to", help="HSM of the configuration that shall have them too")],
+    so_pin_file: Annotated[
+        Path | None, typer.Option(help="file with the PIN of the security officer of the --from token")
+    ] = None,
+) -> None:
+    """The ceremony: bring the region's root KEK and row-MAC key to another token; goes on where it was stopped."""
+    from keystore import HsmUnavailable, SelfTestFailed
+    from keystore.pkcs11 import CeremonyRefused, join
+    from service import ceremonies
     from service.wiring import token_configs
 
+    found = _config(config)
+    tokens = {token.name: token for token in token_configs(found)}
+    for name in (source, target):
+        if name not in tokens:
+            raise Failed(USAGE, f"no HSM {name!r} in {config}; there are: {', '.join(tokens)}")
+    transcript = ceremonies.begin("join", found, tokens[source].region)
     try:
-        reports = [dataclasses.asdict(initialise(token)) for token in token_configs(_config(config))]
+        report = join(tokens[source], tokens[target], so_pin_file=so_pin_file, transcript=transcript)
+    except (HsmUnavailable, SelfTestFailed, CeremonyRefused) as error:
+        transcript.add("failed", why=str(error))
+        kept = ceremonies.keep(transcript, found)
+        raise Failed(INTERNAL, f"{error}; transcript: {kept}") from None
+    show({**dataclasses.asdict(report), **_kept(transcript, found)})
+
+
+@hsm_app.command("verify-backup")
+def hsm_verify_backup(
+    config: ConfigFile,
+    hsm: Annotated[str, typer.Option(help="HSM of the configuration that holds the backup (backup = true)")],
+    sample: Annotated[int, typer.Option(min=1, max=100_000, help="keys of the database that are tried")] = 100,
+) -> None:
+    """The drill of a backup: canaries of every kind and keys chosen at random come out the same on both tokens."""
+    from keystore import HsmUnavailable, SelfTestFailed
+    from keystore.pkcs11 import CeremonyRefused
+    from service import ceremonies, rootbackup
+
+    found = _config(config)
+    transcript = ceremonies.begin("verify-backup", found, next((h.region for h in found.hsm if h.name == hsm), ""))
+    try:
+        report = rootbackup.verify(found, hsm, sample=sample, transcript=transcript)
+    except (HsmUnavailable, SelfTestFailed, CeremonyRefused) as error:
+        raise Failed(INTERNAL, str(error)) from None
+    show({**dataclasses.asdict(report), **_kept(transcript, found)})
+    if report.wrong:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@hsm_app.command("rotate-root")
+def hsm_rotate_root(
+    config: ConfigFile,
+    region: Annotated[str, typer.Option(help="the region; needed if the node has several")] = "",
+    so_pin_file: Annotated[
+        Path | None, typer.Option(help="file with the PIN of the security officer of the region's first token")
+    ] = None,
+    rate: Annotated[int, typer.Option(min=1, max=10_000, help="rows wrapped anew in a second")] = 200,
+) -> None:
+    """Make a new root KEK and wrap every row anew under it, beside the serving workers; goes on where it was stopped."""
+    import asyncio
+
+    from keystore import HsmUnavailable, SelfTestFailed
+    from keystore.pkcs11 import CeremonyRefused
+    from service import ceremonies, rootrotation
+
+    found = _config(config)
+    region = region or found.node.region
+    transcript = ceremonies.begin("rotate-root", found, region)
+    try:
+        with _progress() as progress:
+            bar = progress.add_task("rows", total=None)
+            rotation = rootrotation.rotate(
+                found,
+                region,
+                so_pin_file=so_pin_file,
+                transcript=transcript,
+                rate=rate,
+                say=lambda done, total: progress.update(bar, completed=done, total=total),
+            )
+            report = asyncio.run(rotation)
+    except (HsmUnavailable, SelfTestFailed, CeremonyRefused) as error:
+        transcript.add("failed", why=str(error))
+        raise Failed(INTERNAL, f"{error}; transcript: {ceremonies.keep(transcript, found)}") from None
+    show({**dataclasses.asdict(report), **_kept(transcript, found)})
+    if report.damaged or any(n for kind, n in report.left.items() if kind != "open import tokens"):
+        raise typer.Exit(FAILED_CHECK)
+
+
+@hsm_app.command("retire-root")
+def hsm_retire_root(
+    config: ConfigFile,
+    version: Annotated[int, typer.Option(min=1, help="of the root KEK that is to be destroyed")],
+    region: Annotated[str, typer.Option(help="the region; needed if the node has several")] = "",
+) -> None:
+    """Destroy an old root KEK on every token of a region; refused while any row is wrapped under it."""
+    import asyncio
+
+    from keystore import HsmUnavailable, SelfTestFailed
+    from keystore.pkcs11 import CeremonyRefused
+    from service import ceremonies, rootrotation
+
+    found = _config(config)
+    region = region or found.node.region
+    transcript = ceremonies.begin("retire-root", found, region)
+    try:
+        asyncio.run(rootrotation.retire(found, region, version, transcript=transcript))
+    except CeremonyRefused as error:
+        raise Failed(CONFLICT, str(error)) from None
     except (HsmUnavailable, SelfTestFailed) as error:
         raise Failed(INTERNAL, str(error)) from None
-    for report in reports:
-        show(report)
+    show({"region": region, "destroyed": version, **_kept(transcript, found)})
+
+
+def _kept(transcript: Any, config: Any) -> dict[str, str]:
+    from service import ceremonies
+
+    return {"transcript": str(ceremonies.keep(transcript, config)), "transcript_sha256": transcript.sha256}
+
+
+@transcript_app.command("verify")
+def transcript_verify(file: Path) -> None:
+    """Check a transcript's chain of hashes offline; exit status 8 if it was changed."""
+    from keystore.pkcs11 import TranscriptDamaged, verify_transcript
+
+    try:
+        found = verify_transcript(file.read_bytes())
+    except OSError as error:
+        raise Failed(USAGE, f"{file}: {error.strerror}") from None
+    except TranscriptDamaged as error:
+        raise Failed(FAILED_CHECK, f"{file}: {error}") from None
+    show({"kind": found.kind, "steps": len(found.steps), "sha256": found.sha256})
+
+
+@hsm_app.command("probe")
+def hsm_probe(
+    config: Annotated[Path | None, typer.Option("--config", help="configuration file (TOML)")] = None,
+    hsm: Annotated[str, typer.Option(help="only this HSM of the configuration")] = "",
+    vendor: Annotated[str, typer.Option(help="without --config: profile, or path of one")] = "",
+    module: Annotated[Path | None, typer.Option(help="without --config: the PKCS#11 module")] = None,
+    token_label: Annotated[str, typer.Option(help="without --config")] = "",
+    token_dir: Annotated[Path | None, typer.Option(help="without --config: where the vendor wants it")] = None,
+    pin_file: Annotated[Path | None, typer.Option(help="without --config: file with the user PIN")] = None,
+) -> None:
+    """Try on a token everything that a node needs; changes nothing there. Exit status 8 if it must not serve."""
+    from keystore import HsmUnavailable
+    from keystore.pkcs11 import probe
+    from service.wiring import token_configs, token_unconfigured
+
+    if config is not None:
+        tokens = [t for t in token_configs(_config(config)) if hsm in ("", t.name)]
+    elif vendor and module and token_label and pin_file:
+        tokens = [
+            token_unconfigured(
+                vendor=vendor,
+                module=module.absolute(),
+                token_label=token_label,
+                pin_file=pin_file,
+                token_dir=None if token_dir is None else token_dir.absolute(),
+            )
+        ]
+    else:
+        raise Failed(USAGE, "--config, or all of --vendor, --module, --token-label and --pin-file")
+    if not tokens:
+        raise Failed(USAGE, f"--hsm {hsm}: no [[hsm]] of this name")
+    try:
+        reports = [probe(token) for token in tokens]
+    except HsmUnavailable as error:
+        raise Failed(FAILED_CHECK, str(error)) from None
+    if options.output == "json":
+        print(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
+    else:
+        for report in reports:
+            _show_probe(report)
+    if any(report.verdict == "must not serve" for report in reports):
+        raise typer.Exit(FAILED_CHECK)
+
+
+def _show_probe(report: Any) -> None:
+    """A probe for people: what works, what the self-test found, which kinds, the verdict."""
+    print(f"{report.hsm}: {report.title}, token {report.token_label!r}, firmware {report.firmware}")
+    if report.tested == "documentation":
+        print("the profile is from the vendor's documentation: this run is its test")
+    for check in report.checks:
+        outcome = f"{check.milliseconds:9.2f} ms" if check.works else f"   no: {check.detail}"
+        print(f"  {check.need:18} {check.what:42} {outcome}")
+    for finding in report.self_test:
+        print(f"  self-test {finding.rule:42} {finding.verdict} {finding.reason}".rstrip())
+    for kind, lacking in report.kinds:
+        print(f"  {kind:18} {'no: ' + lacking if lacking else 'yes'}")
+    print(f"verdict: {report.verdict}")
+    for reason in report.reasons:
+        print(f"  {reason}")
 
 
 @policy_app.command("show")
@@ -627,15 +1178,126 @@ def policy_reload() -> None:
 
 
 @policy_app.command("check")
-def policy_check(directory: Path) -> None:
-    """Check a bundle offline: lint, strict validation, its cases."""
+def policy_check(
+    directory: Path,
+    against: Annotated[
+        Path | None, typer.Option(help="the bundle it is to replace: tells what the change means")
+    ] = None,
+) -> None:
+    """Check a bundle offline: lint, strict validation, its cases, proofs of what the charter promises, idle rules.
+
+    Exit status 8 if anything is refused, or a promise is broken: then with a request that breaks it.
+    """
     from policy import BundleRefused, Policy
+    from policy.proofs import NotEncodable, told
 
     try:
         found = Policy.load(directory)
+        before = None if against is None else Policy.load(against)
+        proved = told(found, before)
+    except (BundleRefused, NotEncodable) as error:
+        raise Failed(FAILED_CHECK, str(error)) from None
+    show({"digest": found.digest, "version": found.version, "development": found.development, **proved})
+    if proved["refuted"] or proved["undecided"]:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@policy_app.command("explain")
+def policy_explain(decision: str) -> None:
+    """Why a recorded decision came out as it did: for the tenant's officers and auditors."""
+    _show_explanation(options.client().get(f"/v1/policy/decisions/{decision}"))
+
+
+@policy_app.command("simulate")
+def policy_simulate(
+    bundle: Annotated[Path, typer.Option(help="the draft: a bundle's directory")],
+    request: Annotated[
+        Path | None, typer.Option(help="one request as JSON, as `policy explain` shows it; offline")
+    ] = None,
+    since: Annotated[str, typer.Option(help="RFC 3339: a recorded period, asked of the service")] = "",
+    until: Annotated[str, typer.Option(help="RFC 3339; now if not given")] = "",
+) -> None:
+    """Try a draft bundle: one request with every rule and condition, or what a recorded period would have been.
+
+    Exit status 3 if the draft denies the request, 8 if the draft is refused: file, line and reason.
+    """
+    if (request is None) is (since == ""):
+        raise Failed(USAGE, "give --request, or --since for a recorded period")
+    if request is None:
+        _show_replay(
+            options.client().post("/v1/policy/simulate", {"files": _files_of(bundle), **_period(since, until)})
+        )
+    else:
+        _simulate_one(bundle, request)
+
+
+def _period(since: str, until: str) -> dict[str, str]:
+    return {"from": since, "to": until or time.strftime("%Y-%m-%dT%H:%M:%S.999Z", time.gmtime())}
+
+
+def _files_of(bundle: Path) -> dict[str, str]:
+    """A bundle's files; what does not belong in one is refused by whoever reads it."""
+    if not (bundle / "charter.yaml").is_file():
+        raise Failed(USAGE, f"{bundle}: no bundle is there (no charter.yaml)")
+    try:
+        return {str(p.relative_to(bundle)): p.read_text() for p in sorted(bundle.rglob("*")) if p.is_file()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failed(USAGE, f"{bundle}: {error}") from None
+
+
+def _show_replay(told: dict[str, Any]) -> None:
+    if options.output == "json":
+        print(json.dumps(told, indent=2))
+        return
+    print(f"{told['decisions']} decisions, {told['identical']} identical under their own bundles")
+    for why, count in told["unmade"].items():
+        print(f"  {count} cannot be told: {why}")
+    print(f"newly allowed {told['newly_allowed']}, newly denied {told['newly_denied']}")
+    for d in told["differences"]:
+        print(f"  {d['count']} x {d['newly']}: {d['action']} by {d['caller']} on {d['key'] or '-'}")
+        print(f"     {', '.join(d['was'])} -> {', '.join(d['becomes'])}; e.g. {d['examples'][0]}")
+
+
+def _simulate_one(bundle: Path, request: Path) -> None:
+    from policy import BundleRefused, Policy
+    from policy.explain import explain, shown
+    from policy.written import RequestMalformed, read
+
+    try:
+        asked = read(json.loads(request.read_text()))
+        told = explain(Policy.load(bundle), asked)
     except BundleRefused as error:
         raise Failed(FAILED_CHECK, str(error)) from None
-    show({"digest": found.digest, "version": found.version, "development": found.development})
+    except (RequestMalformed, ValueError, OSError) as error:
+        raise Failed(USAGE, f"{request}: {error}") from None
+    _show_explanation(shown(told))
+    if not told.decision.allowed:
+        raise typer.Exit(DENIED)
+
+
+def _show_explanation(told: dict[str, Any]) -> None:
+    """An explanation: JSON as it is, or the decision, each rule with its conditions, and the fixes."""
+    if options.output == "json":
+        print(json.dumps(told, indent=2))
+        return
+    decision = told["decision"]
+    by = ", ".join(decision["rules"]) or decision["rule"]
+    print(
+        f"{'allowed' if decision['allowed'] else 'denied: ' + decision['code']} by {by}, bundle {decision['policy'][:12]}"
+    )
+    for rule in told["rules"]:
+        applied = "applies" if rule["applied"] else "does not apply"
+        print(f"\n{rule['effect']} {rule['id']} {applied}  ({rule['file']}:{rule['line']})")
+        for leaf in (*rule["head"], *(leaf for clause in rule["clauses"] for leaf in clause["leaves"])):
+            print(f"  {_TRUTH[leaf['holds']]:5} {leaf['text']}   it is {json.dumps(leaf['value'])}")
+    for fix in told["fixes"]:
+        changes = "; ".join(
+            f"{name} is {json.dumps(f['is'])}, needs {json.dumps(f['needs'])}" for name, f in fix.items()
+        )
+        print(f"\nwould be allowed if: {changes}")
+
+
+_TRUTH: Final = {True: "true", False: "false", None: "-"}
 
 
 @token_app.command("create")
@@ -705,42 +1367,385 @@ def _show_records(found: Sequence[dict[str, Any]]) -> None:
 
 @audit_app.command("status")
 def audit_status() -> None:
-    """State of the worker's chain."""
+    """State of the worker's chain, of all chains and of the newest checkpoint."""
     show(options.client().get("/v1/audit/status"))
 
 
+TrustFile = Annotated[
+    Path, typer.Option("--trust", envvar="SKMS_TRUST", help="origin and audit keys you trust: from the ceremony")
+]
+ToFile = Annotated[str, typer.Option("--to", help="file to write, or - for standard output")]
+COVERED_S: Final = 15.0  # a checkpoint is signed each second: after this long without one something is wrong
+
+
+def _covered(ask: Callable[[], T]) -> T:
+    """The answer, once a checkpoint covers what is asked for."""
+    deadline = time.monotonic() + COVERED_S
+    while True:
+        try:
+            return ask()
+        except Failed as failed:
+            if failed.status != TEMPORARY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _trusted(path: Path) -> Any:
+    from audit.verify import Unusable, load_trust
+
+    try:
+        return load_trust(path)
+    except Unusable as error:
+        raise Failed(USAGE, str(error)) from None
+
+
+@audit_app.command("checkpoint")
+def audit_checkpoint(
+    trust: TrustFile, size: Annotated[int, typer.Option(help="of this size; else the newest")] = 0, to: ToFile = "-"
+) -> None:
+    """Fetch a signed checkpoint and check its signature. Keep it: whoever holds one detects every later change."""
+    from audit.chain import Bad
+    from audit.evidence import open_note
+
+    note = options.client().text(f"/v1/audit/checkpoint/{size}" if size else "/v1/audit/checkpoint")
+    try:
+        found = open_note(note, _trusted(trust))
+    except Bad as bad:
+        raise Failed(FAILED_CHECK, str(bad)) from None
+    write_output(to, note)
+    if to != "-":
+        print(f"checkpoint {found.size} of {found.origin}, root {found.root.hex()}: written to {to}")
+
+
+@audit_app.command("proof")
+def audit_proof(
+    trust: TrustFile,
+    receipt: Annotated[str, typer.Option(help="an Audit-Receipt value")] = "",
+    record: Annotated[str, typer.Option(help="or a record: LOG/SEQ as `skms audit search` shows them")] = "",
+    to: Annotated[str, typer.Option("--to", help="also keep the .tlog-proof here")] = "",
+) -> None:
+    """Fetch the proof of a record, check it offline, and say what it proves; exit status 8 if it does not."""
+    from audit.chain import Bad
+    from audit.evidence import Receipt, check_record_proof
+    from audit.offline import shown_proof
+    from audit.verify import Unusable, parse_receipt
+
+    try:
+        asked = Receipt(*parse_receipt(receipt)) if receipt else None
+    except Unusable as error:
+        raise Failed(USAGE, f"--receipt: {error}") from None
+    log, _, seq = record.rpartition("/") if asked is None else (asked.log, "", str(asked.seq))
+    trusted = _trusted(trust)
+    if not seq.isdigit() or not log.startswith(f"{trusted.origin}/"):
+        raise Failed(USAGE, f"name a record of {trusted.origin} by --receipt or --record")
+    chain = log.removeprefix(f"{trusted.origin}/")
+    try:
+        client = options.client()
+        data = _covered(lambda: client.text(f"/v1/audit/{chain}/{seq}/proof"))
+        proven = check_record_proof(data, trusted, asked=asked)
+    except Bad as bad:
+        raise Failed(FAILED_CHECK, str(bad)) from None
+    except Failed as failed:
+        if asked is None or failed.status != NOT_FOUND:
+            raise
+        lost = f"E_TRUNC {log}/{seq}: the service has no record of yours here, yet it gave you a receipt for one"
+        raise Failed(FAILED_CHECK, f"{lost}\n  if the receipt was given to this identity's tenant, keep it") from None
+    if (proven.frame.log, proven.frame.n) != (log, int(seq)):
+        raise Failed(FAILED_CHECK, f"E_RECEIPT {log}/{seq}: the proof is of {proven.frame.log}/{proven.frame.n}")
+    if to:
+        write_output(to, data)
+    print(shown_proof(proven))
+
+
+@audit_app.command("consistency")
+def audit_consistency(
+    old: Annotated[Path, typer.Argument(help="a checkpoint that you kept")],
+    trust: TrustFile,
+    size: Annotated[int, typer.Option(help="of the newer one; else the newest")] = 0,
+    to: Annotated[str, typer.Option("--to", help="also keep the proof and the new checkpoint here")] = "",
+) -> None:
+    """Prove that a newer checkpoint extends yours: nothing that yours covers was changed; exit status 8 otherwise."""
+    from audit.chain import Bad
+    from audit.evidence import check_growth, open_note
+
+    trusted, note = _trusted(trust), read_input(str(old))
+    try:
+        query = {"from": str(open_note(note, trusted).size), **({"to": str(size)} if size else {})}
+        data = options.client().text("/v1/audit/consistency", query=query)
+        before, after = check_growth(data, note, trusted)
+    except Bad as bad:
+        raise Failed(FAILED_CHECK, str(bad)) from None
+    except Failed as failed:
+        if failed.status != NOT_FOUND:
+            raise
+        lost = f"E_TRUNC {trusted.origin}: the service knows no checkpoint of {query['from']}, which it signed"
+        raise Failed(FAILED_CHECK, lost) from None
+    if to:
+        write_output(to, data)
+    print(f"checkpoint {after.size} of {after.origin} extends checkpoint {before.size}")
+
+
+@audit_app.command("tenant-bundle")
+def audit_tenant_bundle(
+    trust: TrustFile,
+    to: Annotated[str, typer.Option("--to", help="file to write")],
+    tenant: Annotated[str, typer.Option(help="else that of the credential")] = "",
+    since: Annotated[str, typer.Option("--from", help="RFC 3339; else everything")] = "",
+    receipts: Annotated[Path | None, typer.Option(help="Audit-Receipt values, one a line")] = None,
+) -> None:
+    """Fetch all records of a tenant with the proof that none is missing, and check it; exit status 8 otherwise."""
+    from audit.offline import bundle_as_json, instant, shown_bundle
+    from audit.tenantbundle import check_bundle
+    from audit.verify import Unusable, load_receipts
+
+    client, trusted = options.client(), _trusted(trust)
+    whose = tenant or client.get("/v1/whoami")["tenant"]
+    if not whose:
+        raise Failed(USAGE, "this credential belongs to no tenant: give --tenant")
+    try:
+        known = None if receipts is None else load_receipts(receipts)
+        asked = instant(since) if since else 0
+    except Unusable as error:
+        raise Failed(USAGE, str(error)) from None
+    except ValueError:
+        raise Failed(USAGE, "--from: RFC 3339 UTC, as in 2026-01-31T12:00:00Z") from None
+    query = {"from": since} if since else {}
+    with open_output(to) as file:
+        _covered(lambda: client.download(f"/v1/audit/tenants/{whose}/bundle", file, query=query))
+    with Path(to).open("rb") as lines:
+        verdict = check_bundle(lines, trusted, tenant=whose, since=asked, receipts=known)
+    print(bundle_as_json(verdict) if options.output == "json" else shown_bundle(verdict))
+    if verdict.report.exit_status != OK:
+        raise typer.Exit(FAILED_CHECK)
+
+
 def _engine_and_trust(config: Path) -> tuple[Any, Any]:
+    import asyncio
+
     from audit.verify import Trust
     from keystore import HsmUnavailable, SelfTestFailed
-    from keystore.pkcs11 import open_token
+    from service.config import ConfigInvalid
     from service.database import DatabaseUnusable, open_engine, reader
-    from service.wiring import token_configs
+    from service.wiring import audit_keys
+    from service.witnesses import known_of, logs_of
 
     found = _config(config)
     try:
-        token = next(t for t in token_configs(found) if t.region == found.node.region)
-        public = open_token(token).audit_public_key()
-        return reader(open_engine(found.database.url)), Trust(found.node.origin, (public,))
+        logs = {} if found.witness is None else logs_of(found.witness, found.node.origin)
+        policy = known_of(found)
+        engine = open_engine(found.database.url)
+        peers = tuple(key for keys in logs.values() for key in keys)
+        return reader(engine), Trust(found.node.origin, asyncio.run(audit_keys(found, engine)), policy, peers)
+    except ConfigInvalid as wrong:
+        raise Failed(USAGE, str(wrong)) from None
     except (HsmUnavailable, SelfTestFailed, DatabaseUnusable) as error:
         raise Failed(TEMPORARY, str(error)) from None
+
+
+CLOCK_AGREES_S: Final = 90  # of an operator's watch and this machine, when the time is given to the minute
+
+
+@audit_app.command("confirm-clock")
+def audit_confirm_clock(
+    config: ConfigFile, true_time: Annotated[str, typer.Option("--time", help="RFC 3339, to the minute")]
+) -> None:
+    """Tell this node that its clock is right after it jumped forward by more than ten minutes.
+
+    Say what time it is by another clock. For every worker of this node; the log records it.
+    """
+    import datetime
+    import os
+
+    from audit.clock import Confirmation, confirm
+
+    try:
+        said = datetime.datetime.fromisoformat(true_time)
+    except ValueError:
+        raise Failed(USAGE, f"--time {true_time}: not RFC 3339, as in 2026-01-31T12:00Z") from None
+    if said.tzinfo is None:
+        raise Failed(USAGE, f"--time {true_time}: no time zone, as in 2026-01-31T12:00Z")
+    at = time.time_ns() // 1_000
+    off = at / 1e6 - said.timestamp()
+    if abs(off) > CLOCK_AGREES_S:
+        raise Failed(FAILED_CHECK, f"this machine's clock is {off:+.0f} s from the time you say: set it right first")
+    directory = _config(config).node.state_dir
+    try:
+        confirm(directory, Confirmation(at, os.getuid()))
+    except OSError as error:
+        raise Failed(TEMPORARY, f"{directory}: {error.strerror}") from None
+    show({"confirmed": datetime.datetime.fromtimestamp(at / 1e6, datetime.UTC).isoformat(timespec="seconds")})
 
 
 @audit_app.command("export")
 def audit_export(config: ConfigFile, to: Annotated[Path, typer.Option(help="directory")]) -> None:
     """Export the log for `skms-verify`: entry bundles, seals, and the trust file as a convenience."""
-    from audit.log import export
+    from audit.export import export
 
     engine, trust = _engine_and_trust(config)
     made = export(engine, to, trust)
     show({"directory": str(to), "records": made.records, "logs": made.logs})
 
 
-@audit_app.command("verify")
-def audit_verify(config: ConfigFile) -> None:
-    """Verify the log in the database, every stored column; exit status 8 if anything is wrong."""
-    from audit.log import verify_database
+@audit_app.command("post-quantum-key")
+def audit_post_quantum_key(
+    config: ConfigFile, key_file: Annotated[Path, typer.Option(help="a new file for the ML-DSA-44 key: PEM, mode 0600")]
+) -> None:
+    """Make the key that signs checkpoints beside the audit key, and print its verifier key, for trust files."""
+    from audit.checkpoint import format_vkey
+    from audit.postquantum import UnusableKey, create
+    from service.witnesses import cosigner_name
 
-    report = verify_database(*_engine_and_trust(config))
+    try:
+        print(format_vkey(create(key_file, cosigner_name(_config(config).node.origin)).key))
+    except UnusableKey as unusable:
+        raise Failed(USAGE, str(unusable)) from None
+
+
+# ---- witness -------------------------------------------------------------------------------------------------------
+
+
+@witness_app.command("init")
+def witness_init(
+    name: Annotated[str, typer.Option(help="what cosignatures are made under, e.g. kms.example/witness")],
+    key_file: Annotated[Path, typer.Option(help="a new file for the Ed25519 key: PEM, mode 0600")],
+) -> None:
+    """Make the key of a witness, and print its verifier key: the operators of other logs configure it."""
+    from audit.checkpoint import BadNote
+    from service.witnesses import new_cosigner
+
+    try:
+        print(new_cosigner(name, key_file))
+    except BadNote as bad:
+        raise Failed(USAGE, f"--name: {bad}") from None
+    except OSError as error:
+        raise Failed(USAGE, f"{key_file}: {error.strerror}") from None
+
+
+# ---- audit, offline from an export -----------------------------------------------------------------------------------
+
+ExportDir = Annotated[Path, typer.Option("--export", help="an export of `skms audit export`")]
+PolicyFile = Annotated[Path | None, typer.Option("--policy", help="C2SP tlog-policy of the witnesses you trust")]
+Since = Annotated[str, typer.Option("--from", help="RFC 3339")]
+Until = Annotated[str, typer.Option("--to", help="RFC 3339")]
+
+
+@audit_app.command("report")
+def audit_report(
+    export: ExportDir,
+    trust: TrustFile,
+    to_file: Annotated[Path, typer.Option("--out", help="file to write")],
+    tenant: Annotated[str, typer.Option(help="one tenant, and nothing of another")] = "",
+    since: Since = "",
+    until: Until = "",
+    form: Annotated[str, typer.Option("--format", help="html or json")] = "html",
+    receipts: Annotated[Path | None, typer.Option(help="Audit-Receipt values, one a line")] = None,
+    policy: PolicyFile = None,
+) -> None:
+    """The auditor's report of a period, offline; exit status 8 if anything is tampered with or missing."""
+    from audit import report
+
+    writers = {"html": report.as_html, "json": report.as_json}
+    if form not in writers:
+        raise Failed(USAGE, "--format: html or json")
+    made = report.make(_evidence(export, trust, receipts, policy), _wanted(tenant=tenant, since=since, until=until))
+    to_file.write_text(writers[form](made))
+    show({"file": str(to_file), "integrity": made.integrity, "completeness": made.completeness})
+    if any(f.code.startswith("E_") for f in made.findings):
+        raise typer.Exit(FAILED_CHECK)
+
+
+@audit_app.command("count")
+def audit_count(
+    export: ExportDir,
+    trust: TrustFile,
+    tenant: Annotated[str, typer.Option()] = "",
+    since: Since = "",
+    until: Until = "",
+    chain: Annotated[str, typer.Option()] = "",
+    kind: Annotated[str, typer.Option()] = "",
+    op: Annotated[str, typer.Option()] = "",
+    outcome: Annotated[str, typer.Option("--out", help="ok, denied, failed, error")] = "",
+    region: Annotated[str, typer.Option()] = "",
+    why: Annotated[str, typer.Option()] = "",
+    rule: Annotated[str, typer.Option()] = "",
+) -> None:
+    """How many verified records of an export are like this, offline."""
+    facts = {"chain": chain, "kind": kind, "op": op, "out": outcome, "region": region, "why": why, "rule": rule}
+    print(_evidence(export, trust).count(_wanted(tenant=tenant, since=since, until=until, **facts)))
+
+
+@audit_app.command("gaps")
+def audit_gaps(
+    export: ExportDir,
+    trust: TrustFile,
+    tenant: Annotated[str, typer.Option()] = "",
+    since: Since = "",
+    until: Until = "",
+    policy: PolicyFile = None,
+) -> None:
+    """When records of an export stood for more than 10 s without a checkpoint, or one that witnesses saw, offline."""
+    from audit.report import moment
+
+    evidence, wanted = _evidence(export, trust, policy=policy), _wanted(tenant=tenant, since=since, until=until)
+    judged = evidence.source.trust.policy.quorum is not None
+    found = [("checkpoint", g) for g in evidence.gaps(wanted)]
+    found += [("witness", g) for g in evidence.gaps(wanted, witnessed=True)] if judged else []
+    rows = [
+        {"lacked": what, "from": moment(g.since), "to": moment(g.until), "seconds": round(g.seconds, 3), "open": g.open}
+        for what, g in found
+    ]
+    show_list(rows, "lacked", "from", "to", "seconds", "open")
+
+
+def _evidence(export: Path, trust: Path, receipts: Path | None = None, policy: Path | None = None) -> Any:
+    from audit.report import Evidence, Source
+    from audit.verify import Unusable, load_trust
+
+    try:
+        if not export.is_dir():
+            raise Unusable(f"{export} is not a directory")
+        return Evidence(Source(export, trust, load_trust(trust, policy), receipts, policy))
+    except Unusable as error:
+        raise Failed(USAGE, str(error)) from None
+
+
+def _wanted(*, since: str, until: str, **facts: str) -> Any:
+    from audit.report import Wanted
+    from service.protocols.wire import microseconds
+
+    def instant(option: str, text: str) -> int | None:
+        try:
+            return microseconds(text) if text else None
+        except ValueError:
+            raise Failed(USAGE, f"{option}: RFC 3339 UTC, as in 2026-01-31T12:00:00Z") from None
+
+    given = {name: value or None for name, value in facts.items()}
+    return Wanted(since=instant("--from", since), until=instant("--to", until), **given)
+
+
+@audit_app.command("verify")
+def audit_verify(
+    config: ConfigFile,
+    archive: Annotated[Path | None, typer.Option(help="where pruned records were archived")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="a signed checkpoint from outside this database")] = None,
+) -> None:
+    """Verify the log in the database, every stored column, of every generation; exit status 8 if anything is wrong."""
+    from audit.checkpoint import BadNote
+    from audit.stored import past_origins, verify_database
+
+    engine, trust = _engine_and_trust(config)
+    try:
+        held = None if checkpoint is None else checkpoint.read_bytes()
+        report = verify_database(engine, trust, archive, held=held)
+    except (OSError, BadNote) as error:
+        raise Failed(USAGE, f"checkpoint {checkpoint}: {error}") from None
+    with engine.connect() as connection:
+        for origin in past_origins(connection):
+            earlier = verify_database(engine, dataclasses.replace(trust, origin=origin), archive)
+            report.findings += earlier.findings
+            report.records += earlier.records
+            report.logs |= earlier.logs
+            report.roots |= earlier.roots
     if options.output == "json":
         print(report.as_json())
     else:
@@ -750,6 +1755,133 @@ def audit_verify(config: ConfigFile) -> None:
             print(f"{'intact' if report.exit_status == OK else 'checked'} {log}: {count} records")
     if report.exit_status != OK:
         raise typer.Exit(FAILED_CHECK)
+
+
+@audit_app.command("recover")
+def audit_recover(
+    config: ConfigFile,
+    request: Annotated[Path, typer.Option(help="the request: written without --approval, carried out with them")],
+    approval: Annotated[list[Path], typer.Option(help="an officer's approval; two different officers")] = [],
+) -> None:
+    """Go on after a rollback: open a new generation of the log that names what was lost. docs/audit-recovery.md."""
+    import asyncio
+
+    from audit.anchors import AnchorUnusable
+    from audit.chain import Bad
+    from audit.event import BadRecord, decode_recovery, encode_recovery
+    from audit.generation import RecoveryRefused, digest_of
+    from keystore import HsmUnavailable, SelfTestFailed
+    from service.approvals import ApprovalRefused, load_approval
+    from service.recovery import prepare, recover
+
+    found = _config(config)
+    try:
+        if not approval:
+            asked = asyncio.run(prepare(found))
+            write_output(str(request), encode_recovery(asked))
+            show(_told(asked) | {"digest": digest_of(asked), "request": str(request)})
+            return
+        recovery = decode_recovery(request.read_bytes())
+        done = asyncio.run(recover(found, recovery, [load_approval(path) for path in approval]))
+    except (RecoveryRefused, ApprovalRefused) as refused:
+        raise Failed(CONFLICT, str(refused)) from None
+    except BadRecord as bad:
+        raise Failed(USAGE, f"{request}: not a request of `skms audit recover`: {bad}") from None
+    except OSError as error:
+        raise Failed(USAGE, f"{request}: {error.strerror}") from None
+    except (AnchorUnusable, Bad) as wrong:
+        raise Failed(FAILED_CHECK, str(wrong)) from None
+    except (HsmUnavailable, SelfTestFailed) as error:
+        raise Failed(TEMPORARY, str(error)) from None
+    show({"origin": done.origin, "size": done.size, "next": f'set [node] origin = "{done.origin}" on every node'})
+
+
+def _told(recovery: Any) -> dict[str, Any]:
+    """What an officer must read before approving."""
+    checkpoint, (lo, hi) = recovery.anchored.split("\n"), recovery.lost
+    return {
+        "log": recovery.predecessor,
+        "anchor": recovery.anchor,
+        "anchored size": checkpoint[1],
+        "size in the database": recovery.stands[0],
+        "lost entries": "none" if lo == hi else f"{lo} to {hi - 1}",
+        "new log": recovery.origin,
+    }
+
+
+@audit_app.command("approve")
+def audit_approve(
+    request: Annotated[Path, typer.Argument(help="the request of `skms audit recover`")],
+    name: Annotated[str, typer.Option(help="the officer's name in [[approvals.approver]]")],
+    key: Annotated[Path, typer.Option(help="the officer's Ed25519 private key (PEM)")],
+    to: Annotated[Path, typer.Option(help="where the approval goes")],
+) -> None:
+    """Approve a recovery, on the officer's own machine: needs neither node nor network."""
+    from audit.event import BadRecord, decode_recovery
+    from audit.generation import KIND, digest_of
+    from service.approvals import ApprovalRefused, approve
+
+    try:
+        recovery = decode_recovery(request.read_bytes())
+        made = approve(KIND, digest_of(recovery), name=name, key_file=key)
+    except OSError as error:
+        raise Failed(USAGE, f"{request}: {error.strerror}") from None
+    except (BadRecord, ApprovalRefused) as refused:
+        raise Failed(USAGE, str(refused)) from None
+    write_output(str(to), made.to_json().encode())
+    show(_told(recovery) | {"digest": made.digest, "approval": str(to)})
+
+
+@audit_app.command("archive")
+def audit_archive(
+    config: ConfigFile,
+    before: Annotated[str, typer.Option(help="only whole UTC days before this one: 2026-01-31")] = "",
+    to: Annotated[Path | None, typer.Option(help="directory; else archive_dir of the configuration")] = None,
+) -> None:
+    """Move records that retention lets go to signed files: read back, recorded, and only then deleted."""
+    import asyncio
+    import datetime
+    import uuid
+
+    from audit.archive import ArchiveFailed
+    from audit.chain import Bad
+    from keystore import HsmUnavailable, SelfTestFailed
+    from service import archiving
+    from service.config import ConfigInvalid
+
+    found = _config(config)
+    until: int | None = None
+    if before:
+        try:
+            day = datetime.date.fromisoformat(before)
+        except ValueError:
+            raise Failed(USAGE, f"--before {before}: a date as 2026-01-31") from None
+        until = int(datetime.datetime(day.year, day.month, day.day, tzinfo=datetime.UTC).timestamp()) * 1_000_000
+    try:
+        done = asyncio.run(archiving.archive(found, before=until, to=to, owner=f"{found.node.name}/{uuid.uuid4()}"))
+    except ConfigInvalid as wrong:
+        raise Failed(USAGE, str(wrong)) from None
+    except Bad as bad:
+        raise Failed(FAILED_CHECK, str(bad)) from None
+    except (ArchiveFailed, HsmUnavailable, SelfTestFailed) as error:
+        raise Failed(TEMPORARY, str(error)) from None
+    show_list(
+        [{"log": s.log, "from": s.first, "to": s.to, "sha256": s.sha256, "uri": s.uri} for s in done],
+        *("log", "from", "to", "sha256", "uri"),
+    )
+
+
+@audit_app.command("reindex")
+def audit_reindex(config: ConfigFile) -> None:
+    """Empty the search index: the workers make it again from the records, and searches stay complete meanwhile."""
+    from audit.index import forget
+    from service.database import DatabaseUnusable, open_engine
+
+    try:
+        engine = open_engine(_config(config).database.url)
+    except DatabaseUnusable as error:
+        raise Failed(TEMPORARY, str(error)) from None
+    show({"segments_dropped": forget(engine)})
 
 
 # ---- node ----------------------------------------------------------------------------------------------------------
@@ -765,8 +1897,15 @@ def serve(context: typer.Context) -> None:
 
 @config_app.command("check")
 def config_check(config: Path) -> None:
-    """Check a configuration; names each wrong line."""
+    """Check a configuration, and what its witness sections name; says what is wrong."""
+    from service.config import ConfigInvalid
+    from service.witnesses import checked
+
     found = _config(config)
+    try:
+        checked(found)
+    except ConfigInvalid as wrong:
+        raise Failed(USAGE, str(wrong)) from None
     show({"node": found.node.name, "region": found.node.region, "hsms": [h.name for h in found.hsm]})
 
 
@@ -790,6 +1929,8 @@ def dev_up(
     region: Annotated[list[str], typer.Option(help="region with an HSM; repeat for more")] = ["eu-de-1"],
     port: Annotated[int, typer.Option(help="0: a free one")] = 8443,
     workers: Annotated[int, typer.Option(min=1, max=64)] = 1,
+    hsms: Annotated[int, typer.Option(min=1, max=4, help="SoftHSM2 tokens in each region's group")] = 1,
+    nss: Annotated[bool, typer.Option("--nss", help="an NSS token too, in the first region's group")] = False,
     database: Annotated[str, typer.Option(help="URL; default: SQLite in the directory")] = "",
     fronts: Annotated[str, typer.Option(help="native")] = "native",
 ) -> None:
@@ -800,7 +1941,8 @@ def dev_up(
     if fronts != "native":
         raise Failed(USAGE, "--fronts: only `native` is there")
     try:
-        status = dev.up(directory, regions=tuple(region), port=port, database=database or None, workers=workers)
+        shape = dev.Shape(tuple(region), hsms=hsms, nss=nss)
+        status = dev.up(directory, shape, port=port, database=database or None, workers=workers)
     except (dev.DevFailed, HsmUnavailable, SelfTestFailed, OSError) as error:
         raise Failed(INTERNAL, str(error)) from None
     raise typer.Exit(status)

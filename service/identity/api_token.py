@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+from dataclasses import replace
 from typing import Final
 
 from starlette.types import Scope
 
 from policy import Caller
 from service.identity import Unidentified, bearer, source
-from service.rows import NEVER_FOR_TOKENS, ApiTokens, checksum
+from service.rows import NEVER_FOR_TOKENS, ApiToken, ApiTokens, checksum
 
 SCANNER: Final = re.compile(r"skms_[a-z]{2,8}_[0-9A-Za-z]{8}_[0-9A-Za-z]{49}")
 _TOKEN: Final = re.compile(r"skms_api_([0-9A-Za-z]{8})_[0-9A-Za-z]{43}([0-9A-Za-z]{6})")
@@ -39,16 +40,19 @@ class ApiTokenProvider:
         given = self._tokens.digest(text)  # in any case: known and unknown ids take the same time
         if found is None or not hmac.compare_digest(found[1], given):
             raise Unidentified("token_unknown")
-        token = found[0]
-        return Caller(
-            id=f"token:{self._tokens.installation}:{token.id}",
-            kind="operator",
-            tenant=token.tenant,
-            roles=frozenset({token.role}),
-            places=frozenset(),
-            proof=0,
-            authn="token",
-            source=source(scope),
-            scopes=token.scopes - NEVER_FOR_TOKENS,
-            evidence=hashlib.sha256(given).digest(),
-        )
+        caller = caller_of_token(found[0], f"token:{self._tokens.installation}:{found[0].id}")
+        return replace(caller, source=source(scope), evidence=hashlib.sha256(given).digest())
+
+
+def caller_of_token(token: ApiToken, identity: str) -> Caller:
+    """Who holds a token, as the policy sees it."""
+    return Caller(
+        id=identity,
+        kind="operator",
+        tenant=token.tenant,
+        roles=frozenset({token.role}),
+        places=frozenset(),
+        proof=0,
+        authn="token",
+        scopes=token.scopes - NEVER_FOR_TOKENS,
+    )

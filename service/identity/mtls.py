@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -82,7 +83,7 @@ class MtlsProvider:
         domain, path, not_before, not_after = known
         if not not_before <= self._clock() < not_after:
             raise Unidentified("certificate_expired")
-        return self._caller(domain, path, evidence, source(scope))
+        return replace(caller_of_svid(self._registry(), domain, path), source=source(scope), evidence=evidence)
 
     def _prove(self, pem: bytes) -> tuple[str, str, float, float]:
         try:
@@ -95,28 +96,27 @@ class MtlsProvider:
         before, after = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         return domain, path, before.timestamp(), after.timestamp()
 
-    def _caller(self, domain: str, path: str, evidence: bytes, peer: str) -> Caller:
-        registry = self._registry()
-        identity = f"mtls:{domain}:{path}"
-        place = registry.place_of_trust_domain(domain)
-        if place is None:
-            raise Unidentified("trust_domain_without_place")
-        where = whereabouts([Evidence("svid", frozenset({place}), vouches=frozenset({place}))])
-        member = registry.member(identity)
-        tenant = path.split("/")[1] if member is None else member.tenant
-        if member is None and registry.tenant(path.split("/")[1]) is None:
-            raise Unidentified("tenant_unknown")
-        return Caller(
-            id=identity,
-            kind="workload" if member is None else "operator",
-            tenant=tenant,
-            roles=frozenset({"workload" if member is None else member.role}),
-            places=where.places,
-            proof=where.proof,
-            authn="mtls",
-            source=peer,
-            evidence=evidence,
-        )
+
+def caller_of_svid(registry: Registry, domain: str, path: str) -> Caller:
+    """Who the SVID of a trust domain and path is, as the policy sees it; Unidentified if it is nobody's here."""
+    identity = f"mtls:{domain}:{path}"
+    place = registry.place_of_trust_domain(domain)
+    if place is None:
+        raise Unidentified("trust_domain_without_place")
+    where = whereabouts([Evidence("svid", frozenset({place}), vouches=frozenset({place}))])
+    member = registry.member(identity)
+    tenant = path.split("/")[1] if member is None else member.tenant
+    if member is None and registry.tenant(path.split("/")[1]) is None:
+        raise Unidentified("tenant_unknown")
+    return Caller(
+        id=identity,
+        kind="workload" if member is None else "operator",
+        tenant=tenant,
+        roles=frozenset({"workload" if member is None else member.role}),
+        places=where.places,
+        proof=where.proof,
+        authn="mtls",
+    )
 
 
 def _authorities(path: Path) -> list[x509.Certificate]:

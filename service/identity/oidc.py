@@ -13,10 +13,10 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import httpx
 from joserfc import jws
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
@@ -86,6 +86,21 @@ def _object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def caller_of(issuer: Issuer, subject: str) -> Caller:
+    """Who a subject of an issuer is, as the policy sees it."""
+    place = frozenset({issuer.place})
+    where = whereabouts([Evidence("svid", place, vouches=place)])
+    return Caller(
+        id=f"oidc:{issuer.issuer}:{subject}",
+        kind="workload",
+        tenant=issuer.tenant,
+        roles=frozenset(issuer.roles) or frozenset({"workload"}),
+        places=where.places,
+        proof=where.proof,
+        authn="oidc",
+    )
+
+
 class _Keys:
     """The keys of one issuer. A fetch that fails leaves what was there, and what was not there stays unknown."""
 
@@ -115,6 +130,8 @@ class _Keys:
     async def _fetch(self, uri: str) -> None:
         if not uri.startswith("https://"):
             raise Unidentified("issuer_keys_unavailable")
+        import httpx  # a twentieth of a worker's imports, and most nodes have the keys of their issuers in a file
+
         try:
             async with (
                 httpx.AsyncClient(timeout=2.0, follow_redirects=False, trust_env=False) as client,
@@ -148,19 +165,8 @@ class OidcProvider:
         subject = claims.get("sub")
         if not isinstance(subject, str) or not _SUBJECT.fullmatch(subject):
             raise Unidentified("token_subject")
-        place = frozenset({issuer.place})
-        where = whereabouts([Evidence("svid", place, vouches=place)])
-        return Caller(
-            id=f"oidc:{issuer.issuer}:{subject}",
-            kind="workload",
-            tenant=issuer.tenant,
-            roles=frozenset(issuer.roles) or frozenset({"workload"}),
-            places=where.places,
-            proof=where.proof,
-            authn="oidc",
-            source=source(scope),
-            evidence=hashlib.sha256(text.encode()).digest(),
-        )
+        evidence = hashlib.sha256(text.encode()).digest()
+        return replace(caller_of(issuer, subject), source=source(scope), evidence=evidence)
 
     async def verified(self, text: str) -> tuple[Issuer, dict[str, Any]]:
         """(issuer, claims) of a token that holds; Unidentified with a constant reason otherwise."""

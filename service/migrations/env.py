@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from alembic import context
 
-import audit.log
+import audit.tables
 import keystore.catalog
+import policy.rows
 import service.rows
 
-target_metadata = [keystore.catalog.tables, audit.log.tables, service.rows.tables]
+target_metadata = [keystore.catalog.tables, policy.rows.tables, audit.tables.tables, service.rows.tables]
 
 
 def run() -> None:

@@ -7,12 +7,14 @@ leads through an audit record.
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import dataclasses
 import hashlib
 import json
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -22,9 +24,15 @@ from cryptography.hazmat.primitives import serialization
 from starlette.types import Receive, Scope, Send
 
 import policy
+from audit.chain import BUNDLE as FULL_TILE
 from audit.log import Unavailable
-from keystore import Key, KeySpec, KeyUsage, ListFilter, NewKey, Rotation
+from audit.witness import MAX_BODY as MAX_SUBMISSION
+from audit.witness import Answer
+from keystore import Import, Key, KeySpec, KeyUsage, ListFilter, NewKey, Rotation, Wrapping
 from policy import Caller
+from policy.explain import shown
+from service.containment import Containment, NewFreeze
+from service.drills import Drills, ExitDrill
 from service.health import Health
 from service.identity import Authenticator, Unidentified
 from service.kms import Ask, ItemResult, Kms, Unusable, WouldAllow
@@ -58,6 +66,8 @@ _CLIENT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _IDEMPOTENCY: Final = re.compile(r'"?([\x21\x23-\x5b\x5d-\x7e]{1,128})"?')
 _TAG: Final = re.compile(r"tag\.[A-Za-z0-9_.:-]{1,64}")
+_COUNT: Final = re.compile(r"(?:0|[1-9][0-9]{0,14})")
+_TEXT: Final = ("text/plain",)
 _ETAG: Final = re.compile(r'"([0-9]{1,15})"')
 
 
@@ -71,7 +81,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: a JSON value, or bytes with their own media type."""
+    """An answer: a JSON value, or bytes with their own media type, all at once or in pieces that are sent as they come."""
 
     body: Any
     status: int = 200
@@ -112,6 +122,8 @@ class Route:
     query: tuple[str, ...] = ()
     status: int = 200
     public: bool = False  # answers without a credential, and makes no record
+    anonymous: bool = False  # answers without a credential, recorded; knows no dry run
+    text: int = 0  # the body is text of at most so many bytes, and never JSON
     idempotent: bool = False  # needs Idempotency-Key
     if_match: str = ""  # "required", "honoured" or ""
     item: type[msgspec.Struct] | None = None  # of a batch
@@ -211,6 +223,7 @@ async def _create_key(call: Call) -> Reply:
         description=b.description,
         tags=b.tags,
         rotation=_rotation(rotation),
+        origin=b.origin,
     )
     key = await call.kms.create_key(call.ask, new, alias=b.alias)
     return _key_reply(call, key, 201, location=f"/v1/keys/{key.id}")
@@ -326,8 +339,8 @@ async def _patch_key(call: Call) -> Reply:
 def _fence(key: Key, given: int | str | msgspec.UnsetType, pointer: str) -> int | None:
     if isinstance(given, msgspec.UnsetType):
         return None
-    number = given if isinstance(given, int) else key.latest.number - int(given.partition("-")[2] or 0)
-    if not 1 <= number <= key.latest.number:
+    number = given if isinstance(given, int) else key.latest_number - int(given.partition("-")[2] or 0)
+    if not 1 <= number <= key.latest_number:
         raise RequestInvalid((pointer, "out_of_range", "a fence lies between 1 and the latest version"))
     return number
 
@@ -342,6 +355,40 @@ def _lifecycle(change: Callable[[Kms, Ask, str], Awaitable[Key]]) -> Handler:
 async def _rotate(call: Call) -> Reply:
     key = await call.kms.rotate_key(call.ask, call.path["key"])
     return _key_reply(call, key)
+
+
+async def _import_parameters(call: Call) -> Reply:
+    b: wire.ImportParametersBody = call.body
+    wrapping = Wrapping(b.wrapping)
+    made = await call.kms.import_parameters(call.ask, call.path["key"], wrapping, b.wrapping_key_spec)
+    return Reply(
+        {
+            "key_id": str(made.key_id),
+            "wrapping": str(made.wrapping),
+            "wrapping_key_spec": made.wrapping_key_spec,
+            "wrapping_public_key": base64.b64encode(made.public).decode(),
+            "import_token": made.token,
+            "import_path": made.path,
+            "expires_at": wire.moment(made.expires_at),
+        }
+    )
+
+
+async def _import_key(call: Call) -> Reply:
+    b: wire.ImportBody = call.body
+    public = b.public_key
+    if public is not None and not public.startswith("-----"):
+        spki: bytes | None = wire.binary("/public_key", public)
+    else:
+        spki = None if public is None else public.encode()
+    wanted = Import(
+        token=b.import_token,
+        wrapped=wire.binary("/wrapped_key", b.wrapped_key),
+        check_value=b.key_check_value,
+        public=spki,
+        expires_at=None if b.expires_at is None else _moment("/expires_at", b.expires_at),
+    )
+    return _key_reply(call, await call.kms.import_key(call.ask, call.path["key"], wanted))
 
 
 async def _schedule_deletion(call: Call) -> Reply:
@@ -408,8 +455,140 @@ async def _regions(call: Call) -> Reply:
 
 
 async def _hsms(call: Call) -> Reply:
-    found = await call.kms.list_hsms(call.ask)
-    return Reply({"items": [msgspec.to_builtins(h) for h in found]})
+    return Reply({"items": [wire.hsm_json(member) for member in await call.kms.list_hsms(call.ask)]})
+
+
+async def _drain_hsm(call: Call) -> Reply:
+    return Reply(wire.hsm_json(await call.kms.drain_hsm(call.ask, call.path["name"])))
+
+
+async def _undrain_hsm(call: Call) -> Reply:
+    return Reply(wire.hsm_json(await call.kms.undrain_hsm(call.ask, call.path["name"])))
+
+
+async def _start_drill(call: Call) -> Reply:
+    b: wire.DrillBody = call.body
+    wanted = ExitDrill(
+        b.source,
+        b.to,
+        observe_s=wire.seconds("/observe", b.observe),
+        rate=b.rate,
+        window_s=wire.seconds("/window", b.window),
+    )
+    if wanted.observe_s > 86_400 or wanted.window_s > 86_400:
+        raise RequestInvalid(("/observe", "out_of_range", "at most P1D"))
+    operation = str(uuid.uuid4())
+    headers = (("location", f"/v1/operations/{operation}"),)
+    claim = call.claim
+
+    def remember(connection: Any, _: Any) -> None:
+        if claim is not None:
+            answer = json.dumps({"id": operation, "kind": "drill", "state": "running"}).encode()
+            call.app.idempotency.finish(connection, *claim, 202, answer, headers)
+
+    call.ask.remember = remember
+    drill = await call.app.drills.start(call.ask, wanted, operation_id=operation)
+    return Reply(wire.operation_json(drill), 202, headers)
+
+
+async def _list_drills(call: Call) -> Reply:
+    return Reply({"items": [wire.operation_json(d) for d in await call.app.drills.every(call.ask)]})
+
+
+async def _get_drill(call: Call) -> Reply:
+    return Reply(wire.operation_json(await call.app.drills.show(call.ask, call.path["operation"])))
+
+
+async def _get_operation(call: Call) -> Reply:
+    found = await call.app.drills.show(call.ask, call.path["operation"], op="get_operation")
+    return Reply(wire.operation_json(found))
+
+
+async def _drill_report(call: Call) -> Reply:
+    return Reply(await call.app.drills.report(call.ask, call.path["operation"]))
+
+
+async def _abort_drill(call: Call) -> Reply:
+    return Reply(wire.operation_json(await call.app.drills.abort(call.ask, call.path["operation"])))
+
+
+async def _confirm_drill(call: Call) -> Reply:
+    return Reply(wire.operation_json(await call.app.drills.confirm(call.ask, call.path["operation"])))
+
+
+async def _freeze(call: Call) -> Reply:
+    b: wire.FreezeBody = call.body
+    _remember_freeze(call)
+    made = await call.app.containment.freeze(call.ask, NewFreeze(b.scope.kind, b.scope.value, b.reason.code))
+    return Reply(wire.contained_json(made), 201, _freeze_location(made.freeze.id))
+
+
+async def _freeze_drill(call: Call) -> Reply:
+    _remember_freeze(call)
+    made = await call.app.containment.drill(call.ask, call.body.key)
+    return Reply(wire.contained_json(made), 201, _freeze_location(made.freeze.id))
+
+
+def _remember_freeze(call: Call) -> None:
+    """Store the freeze's id as the idempotent answer: the rest of it is not known before other workers obey."""
+    claim = call.claim
+
+    def remember(connection: Any, _: Any) -> None:
+        if claim is not None:
+            answer = json.dumps({"id": call.ask.decision_id}).encode()
+            call.app.idempotency.finish(connection, *claim, 201, answer, _freeze_location(call.ask.decision_id or ""))
+
+    call.ask.remember = remember
+
+
+def _freeze_location(freeze_id: str) -> tuple[tuple[str, str], ...]:
+    return (("location", f"/v1/freezes/{freeze_id}"),)
+
+
+async def _list_freezes(call: Call) -> Reply:
+    found = await call.app.containment.every(call.ask)
+    return Reply({"items": [wire.freeze_json(freeze, lifted_at) for freeze, lifted_at in found]})
+
+
+async def _get_freeze(call: Call) -> Reply:
+    return Reply(wire.contained_json(await call.app.containment.show(call.ask, call.path["freeze"])))
+
+
+async def _lift_freeze(call: Call) -> Reply:
+    claim = call.claim
+
+    def remember(connection: Any, _: Any) -> None:
+        if claim is not None:
+            answer = json.dumps({"id": call.ask.decision_id, "state": "open"}).encode()
+            headers = _approval_location(call.ask.decision_id or "")
+            call.app.idempotency.finish(connection, *claim, 202, answer, headers)
+
+    call.ask.remember = remember
+    standing = await call.app.containment.lift(call.ask, call.path["freeze"])
+    return Reply(wire.approval_json(standing), 202, _approval_location(standing.asked.id))
+
+
+def _approval_location(approval_id: str) -> tuple[tuple[str, str], ...]:
+    return (("location", f"/v1/approvals/{approval_id}"),)
+
+
+async def _list_approvals(call: Call) -> Reply:
+    found = await call.app.containment.quorum.every(call.ask)
+    return Reply({"items": [wire.approval_json(standing) for standing in found]})
+
+
+async def _get_approval(call: Call) -> Reply:
+    return Reply(wire.approval_json(await call.app.containment.quorum.show(call.ask, call.path["approval"])))
+
+
+async def _sign_approval(call: Call) -> Reply:
+    b: wire.SignatureBody = call.body
+    quorum, signature = call.app.containment.quorum, bytes.fromhex(b.signature)
+    return Reply(wire.approval_json(await quorum.sign(call.ask, call.path["approval"], b.approver, signature)))
+
+
+async def _cancel_approval(call: Call) -> Reply:
+    return Reply(wire.approval_json(await call.app.containment.quorum.cancel(call.ask, call.path["approval"])))
 
 
 def _policy_json(p: policy.Policy) -> dict[str, Any]:
@@ -422,6 +601,18 @@ async def _get_policy(call: Call) -> Reply:
 
 async def _reload_policy(call: Call) -> Reply:
     return Reply(_policy_json(await call.kms.reload_policy(call.ask)))
+
+
+async def _get_decision(call: Call) -> Reply:
+    record, told = await call.kms.explain_decision(call.ask, call.path["decision"])
+    return Reply({"id": record["id"], "record": record, **shown(told)})
+
+
+async def _simulate_policy(call: Call) -> Reply:
+    b: wire.SimulateBody = call.body
+    files = {path: content.encode() for path, content in b.files.items()}
+    since, until = _moment("/from", b.from_), _moment("/to", b.to)
+    return Reply(dataclasses.asdict(await call.kms.simulate_policy(call.ask, files, since=since, until=until)))
 
 
 def _token_json(token: Any) -> dict[str, Any]:
@@ -492,16 +683,94 @@ async def _records(call: Call) -> Reply:
 
 def _instant(query: Mapping[str, str], name: str) -> int | None:
     text = query.get(name)
-    if text is None:
-        return None
+    return None if text is None else _moment(f"?{name}", text)
+
+
+def _moment(pointer: str, text: str) -> int:
     try:
         return wire.microseconds(text)
     except ValueError:
-        raise RequestInvalid((f"?{name}", "invalid_time", "RFC 3339 UTC: 2026-01-31T12:00:00.000Z")) from None
+        raise RequestInvalid((pointer, "invalid_time", "RFC 3339 UTC: 2026-01-31T12:00:00.000Z")) from None
 
 
 async def _audit_status(call: Call) -> Reply:
     return Reply(await call.kms.audit_status(call.ask))
+
+
+_NOTE: Final = "text/plain; charset=utf-8"
+_TILE_MEDIA: Final = "application/octet-stream"
+# A tile never changes; it is for this caller alone.
+_IMMUTABLE: Final = (("cache-control", "private, max-age=31536000, immutable"),)
+
+
+async def _checkpoint(call: Call) -> Reply:
+    size = call.path.get("size")
+    note = await call.kms.audit_checkpoint(call.ask, None if size is None else int(size))
+    return Reply(note, media=_NOTE)
+
+
+async def _consistency(call: Call) -> Reply:
+    old, new = _size(call.query, "from"), _size(call.query, "to")
+    if old is None or not old or (new is not None and new < old):
+        raise RequestInvalid(("?from", "invalid_size", "the size of an older checkpoint, 1 or more"))
+    return Reply(await call.kms.audit_consistency(call.ask, old, new), media=_NOTE)
+
+
+def _size(query: Mapping[str, str], name: str) -> int | None:
+    text = query.get(name)
+    if text is not None and not _COUNT.fullmatch(text):
+        raise RequestInvalid((f"?{name}", "invalid_size", "a decimal number without sign or leading zeroes"))
+    return None if text is None else int(text)
+
+
+async def _proof(call: Call) -> Reply:
+    found = await call.kms.audit_proof(call.ask, call.path["chain"], int(call.path["seq"]))
+    return Reply(found, media=_NOTE)
+
+
+async def _tile(call: Call) -> Reply:
+    """C2SP tlog-tiles: a full tile never changes, so it may be kept for ever; a partial one is soon of no use."""
+    index, width = tile_place(call.path["tile"])
+    level = None if "level" not in call.path else int(call.path["level"])
+    if "chain" in call.path:
+        found = await call.kms.chain_tile(call.ask, call.path["chain"], level, index, width)
+    else:
+        found = await call.kms.root_tile(call.ask, level, index, width)
+    return Reply(found, headers=_IMMUTABLE if width == FULL_TILE else (), media=_TILE_MEDIA)
+
+
+def tile_place(name: str) -> tuple[int, int]:
+    """Index and width of a tile by its name `x001/x234/067[.p/W]`; NotFound for any other spelling of them."""
+    path, partial, width = name.partition(".p/")
+    groups = path.split("/")
+    if (len(groups) > 1 and groups[0] == "x000") or (partial and int(width) >= FULL_TILE):
+        raise NotFound("no such tile")
+    return int("".join(g.removeprefix("x") for g in groups)), int(width) if partial else FULL_TILE
+
+
+async def _tenant_bundle(call: Call) -> Reply:
+    found = await call.kms.tenant_bundle(call.ask, call.path["tenant"], since=_instant(call.query, "from") or 0)
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield found.header
+        while (piece := await asyncio.to_thread(next, found.pieces, None)) is not None:
+            if piece:
+                yield piece
+
+    return Reply(lines(), media="application/x-ndjson")
+
+
+def _said(answer: Answer) -> Reply:
+    """What a witness answers, to the byte: C2SP knows no problem documents."""
+    return Reply(answer.body, answer.status, media=answer.media)
+
+
+async def _add_checkpoint(call: Call) -> Reply:
+    return _said(await call.kms.witness_checkpoint(call.ask, call.body))
+
+
+async def _witnessed(call: Call) -> Reply:
+    return _said(await call.kms.witnessed_checkpoint(call.ask.caller.source, call.path["origin"]))
 
 
 async def _whoami(call: Call) -> Reply:
@@ -521,7 +790,8 @@ async def _whoami(call: Call) -> Reply:
 
 async def _metrics(call: Call) -> Reply:
     await call.kms.metrics_allowed(call.ask)
-    return Reply(call.app.observer.exposition(), media="text/plain; version=0.0.4; charset=utf-8")
+    shown = await asyncio.to_thread(call.app.observer.exposition)  # some are read from the database
+    return Reply(shown, media="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _livez(call: Call) -> Reply:
@@ -620,6 +890,27 @@ ROUTES: Final[tuple[Route, ...]] = (
         idempotent=True,
         if_match="honoured",
     ),
+    Route(
+        "POST",
+        "/v1/keys/{key}/import-parameters",
+        "import_parameters",
+        _import_parameters,
+        "A wrapping key and a token for one import; earlier tokens of the key are spent",
+        wire.ImportParametersAnswer,
+        wire.ImportParametersBody,
+        if_match="honoured",
+    ),
+    Route(
+        "POST",
+        "/v1/keys/{key}/import",
+        "import_key",
+        _import_key,
+        "Add imported material as the key's next version",
+        wire.KeyAnswer,
+        wire.ImportBody,
+        idempotent=True,
+        if_match="honoured",
+    ),
     *(
         Route(
             "POST",
@@ -697,7 +988,136 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("DELETE", "/v1/aliases/{name}", "delete_alias", _delete_alias, "Remove an alias", status=204),
     Route("GET", "/v1/tenants", "list_tenants", _tenants, "Tenants of the charter", wire.ObjectList),
     Route("GET", "/v1/regions", "list_regions", _regions, "Places of the charter", wire.ObjectList),
-    Route("GET", "/v1/hsms", "list_hsms", _hsms, "State of this node's HSMs", wire.ObjectList),
+    Route("GET", "/v1/hsms", "list_hsms", _hsms, "State of this node's HSMs", wire.HsmList),
+    Route(
+        "POST",
+        "/v1/hsms/{name}/drain",
+        "drain_hsm",
+        _drain_hsm,
+        "Give an HSM no more calls, on every worker",
+        wire.HsmAnswer,
+        wire.WhyBody,
+        body_optional=True,
+    ),
+    Route(
+        "POST",
+        "/v1/hsms/{name}/undrain",
+        "undrain_hsm",
+        _undrain_hsm,
+        "Let an HSM serve again",
+        wire.HsmAnswer,
+        wire.WhyBody,
+        body_optional=True,
+    ),
+    Route(
+        "POST",
+        "/v1/drills",
+        "start_drill",
+        _start_drill,
+        "Exchange one HSM for another, proven and measured",
+        wire.OperationAnswer,
+        wire.DrillBody,
+        status=202,
+        idempotent=True,
+    ),
+    Route("GET", "/v1/drills", "list_drills", _list_drills, "Drills, newest first", wire.OperationList),
+    Route("GET", "/v1/drills/{operation}", "get_drill", _get_drill, "A drill", wire.OperationAnswer),
+    Route("GET", "/v1/drills/{operation}/report", "drill_report", _drill_report, "What the audit log says of a drill"),
+    *(
+        Route(
+            "POST",
+            f"/v1/drills/{{operation}}/{name}",
+            f"{name}_drill",
+            handler,
+            summary,
+            wire.OperationAnswer,
+            wire.WhyBody,
+            body_optional=True,
+        )
+        for name, handler, summary in (
+            ("abort", _abort_drill, "Put both HSMs back; at any point before it is confirmed"),
+            ("confirm", _confirm_drill, "Accept the exchange: the old HSM is drained"),
+        )
+    ),
+    Route(
+        "GET",
+        "/v1/operations/{operation}",
+        "get_operation",
+        _get_operation,
+        "Where a long-running operation stands",
+        wire.OperationAnswer,
+    ),
+    Route(
+        "POST",
+        "/v1/freezes",
+        "freeze",
+        _freeze,
+        "Stop every operation in a scope, on every worker and node",
+        wire.ContainedAnswer,
+        wire.FreezeBody,
+        status=201,
+        idempotent=True,
+    ),
+    Route(
+        "POST",
+        "/v1/freezes/drill",
+        "freeze_drill",
+        _freeze_drill,
+        "Freeze a canary key, measure how long every worker takes to obey, and lift it again",
+        wire.ContainedAnswer,
+        wire.FreezeDrillBody,
+        status=201,
+        idempotent=True,
+    ),
+    Route("GET", "/v1/freezes", "list_freezes", _list_freezes, "Freezes, newest first", wire.FreezeList),
+    Route(
+        "GET",
+        "/v1/freezes/{freeze}",
+        "get_freeze",
+        _get_freeze,
+        "A freeze: who obeys it, when it was contained, what succeeded last in its scope",
+        wire.ContainedAnswer,
+    ),
+    Route(
+        "POST",
+        "/v1/freezes/{freeze}/lift",
+        "lift_freeze",
+        _lift_freeze,
+        "Ask for the lift of a freeze: done once a quorum of approvers has signed the request",
+        wire.ApprovalAnswer,
+        wire.WhyBody,
+        body_optional=True,
+        status=202,
+        idempotent=True,
+    ),
+    Route("GET", "/v1/approvals", "list_approvals", _list_approvals, "Requests for approval", wire.ApprovalList),
+    Route(
+        "GET",
+        "/v1/approvals/{approval}",
+        "get_approval",
+        _get_approval,
+        "A request for approval: what exactly is asked, and who has approved it",
+        wire.ApprovalAnswer,
+    ),
+    Route(
+        "POST",
+        "/v1/approvals/{approval}/signatures",
+        "sign_approval",
+        _sign_approval,
+        "Add an approver's signature; the one that completes the quorum executes the request",
+        wire.ApprovalAnswer,
+        wire.SignatureBody,
+    ),
+    Route(
+        "POST",
+        "/v1/approvals/{approval}/cancel",
+        "cancel_approval",
+        _cancel_approval,
+        "Withdraw a request for approval",
+        wire.ApprovalAnswer,
+        wire.WhyBody,
+        body_optional=True,
+    ),
     Route("GET", "/v1/policy", "get_policy", _get_policy, "The policy in force", wire.PolicyAnswer),
     Route(
         "POST",
@@ -708,6 +1128,23 @@ ROUTES: Final[tuple[Route, ...]] = (
         wire.PolicyAnswer,
         wire.WhyBody,
         body_optional=True,
+    ),
+    Route(
+        "GET",
+        "/v1/policy/decisions/{decision}",
+        "get_decision",
+        _get_decision,
+        "Why a recorded decision came out so: every rule and condition, and what would flip it",
+        wire.DecisionAnswer,
+    ),
+    Route(
+        "POST",
+        "/v1/policy/simulate",
+        "simulate_policy",
+        _simulate_policy,
+        "Decide a recorded period again under a draft bundle, and tell what would differ",
+        wire.ReplayAnswer,
+        wire.SimulateBody,
     ),
     Route(
         "POST",
@@ -731,6 +1168,65 @@ ROUTES: Final[tuple[Route, ...]] = (
         query=(*_PAGE, "key", "actor", "op", "out", "from", "to"),
     ),
     Route("GET", "/v1/audit/status", "audit_status", _audit_status, "State of this worker's chain"),
+    Route("GET", "/v1/audit/checkpoint", "audit_checkpoint", _checkpoint, "The newest C2SP checkpoint", media=_TEXT),
+    Route(
+        "GET",
+        "/v1/audit/checkpoint/{size}",
+        "audit_checkpoint",
+        _checkpoint,
+        "The C2SP checkpoint of a size",
+        media=_TEXT,
+    ),
+    Route(
+        "GET",
+        "/v1/audit/consistency",
+        "audit_consistency",
+        _consistency,
+        "That one checkpoint extends another: RFC 6962 proof, spelt as in C2SP tlog-witness",
+        query=("from", "to"),
+        media=_TEXT,
+    ),
+    Route(
+        "GET",
+        "/v1/audit/{chain}/{seq}/proof",
+        "audit_proof",
+        _proof,
+        "C2SP tlog-proof of the root log's entry that commits a record; `extra` leads from there to the record",
+        media=_TEXT,
+    ),
+    Route(
+        "GET",
+        "/v1/audit/tenants/{tenant}/bundle",
+        "tenant_bundle",
+        _tenant_bundle,
+        "All records of a tenant, and the proof that none is missing",
+        query=("from",),
+        media=("application/x-ndjson",),
+    ),
+    *(
+        Route("GET", f"/v1/audit/{log}tile/{kind}/{{tile}}", "audit_tile", _tile, about + of, media=(_TILE_MEDIA,))
+        for log, of in (("", " of the root log"), ("{chain}/", " of a chain"))
+        for kind, about in (("{level}", "A C2SP hash tile"), ("entries", "A C2SP entry bundle"))
+    ),
+    Route(
+        "POST",
+        "/witness/add-checkpoint",
+        "witness_checkpoint",
+        _add_checkpoint,
+        "Cosign another log's checkpoint: C2SP tlog-witness",
+        anonymous=True,
+        text=MAX_SUBMISSION,
+        media=_TEXT,
+    ),
+    Route(
+        "GET",
+        "/witness/{origin}/checkpoint",
+        "witness_checkpoint",
+        _witnessed,
+        "The newest checkpoint that was cosigned here, by the SHA-256 of its log's origin in hex",
+        public=True,
+        media=_TEXT,
+    ),
     Route("GET", "/v1/whoami", "whoami", _whoami, "What the service makes of your credential", wire.WhoAnswer),
     Route("GET", "/livez", "health", _livez, "The process lives", public=True),
     Route("GET", "/readyz", "health", _readyz, "The node can serve", public=True),
@@ -746,6 +1242,17 @@ def _pattern(path: str) -> re.Pattern[str]:
         "{version}": r"(?P<version>[1-9][0-9]{0,7})",
         "{name}": r"(?P<name>[a-z0-9][a-z0-9._-]{0,127})",
         "{id}": r"(?P<id>[A-Za-z0-9]{8})",
+        "{decision}": rf"(?P<decision>{_UUID})",
+        "{operation}": rf"(?P<operation>{_UUID})",
+        "{freeze}": rf"(?P<freeze>{_UUID})",
+        "{approval}": rf"(?P<approval>{_UUID})",
+        "{size}": rf"(?P<size>{_COUNT.pattern})",
+        "{chain}": r"(?P<chain>[a-z0-9][a-z0-9-]{0,17}-[0-9]{1,5})",
+        "{seq}": rf"(?P<seq>{_COUNT.pattern})",
+        "{tenant}": r"(?P<tenant>[a-z0-9][a-z0-9._-]{0,63})",
+        "{origin}": r"(?P<origin>[0-9a-f]{64})",
+        "{level}": r"(?P<level>[0-9]|[1-5][0-9]|6[0-3])",
+        "{tile}": r"(?P<tile>(?:x[0-9]{3}/){0,4}[0-9]{3}(?:\.p/[1-9][0-9]{0,2})?)",
     }
     return re.compile("".join(parts.get(p, re.escape(p)) for p in re.split(r"(\{[a-z]+\})", path)))
 
@@ -758,13 +1265,16 @@ class Native:
         kms: Kms,
         identity: Authenticator,
         *,
+        drills: Drills,
+        containment: Containment,
         idempotency: Idempotency,
         health: Health,
         observer: Observer,
         limits: Limits,
         clock: Callable[[], int],
     ) -> None:
-        self.kms, self.identity, self.idempotency = kms, identity, idempotency
+        self.kms, self.identity, self.idempotency, self.drills = kms, identity, idempotency, drills
+        self.containment = containment
         self.health, self.observer, self.limits, self._clock = health, observer, limits, clock
         self._exact = {(r.method, r.path): r for r in ROUTES if "{" not in r.path}
         self._patterns = [(r, _pattern(r.path)) for r in ROUTES if "{" in r.path]
@@ -776,7 +1286,9 @@ class Native:
         route, path, allowed = self._route(scope)
         answer: Reply | Problem
         try:
-            if route is None or not route.public:
+            if route is not None and (route.public or route.anonymous):
+                ask.caller = dataclasses.replace(ANONYMOUS, source=source)
+            else:
                 ask.caller = await self.identity.identify(scope)
             if route is None:
                 raise MethodNotAllowed(allowed) if allowed else NotFound("no such path")
@@ -823,7 +1335,7 @@ class Native:
 
     async def _read(self, route: Route, headers: Mapping[str, str], receive: Receive) -> bytes:
         """The body, counted while it arrives; PayloadTooLarge before it is in memory."""
-        limit = self.limits.batch_body if route.item is not None else self.limits.body
+        limit = route.text or (self.limits.batch_body if route.item is not None else self.limits.body)
         declared = headers.get("content-length", "0")
         if not declared.isdigit():
             raise Malformed("content-length")
@@ -886,7 +1398,12 @@ class Native:
             if told is not None:
                 return told
         out, code = meaning(error)
-        if ask.receipt is None and code != "audit_unavailable" and not (route is not None and route.public):
+        if (
+            ask.receipt is None
+            and not ask.counted
+            and code != "audit_unavailable"
+            and not (route is not None and route.public)
+        ):
             try:
                 if route is None or ask.caller is ANONYMOUS:
                     why = error.reason if isinstance(error, Unidentified) else code
@@ -902,12 +1419,17 @@ class Native:
         return problem_of(error, request_id=ask.request_id, decision_id=ask.decision_id)
 
     async def _send(self, send: Send, ask: Ask, route: Route | None, answer: Reply | Problem) -> None:
-        headers: list[tuple[str, str]] = [("x-request-id", ask.request_id), ("cache-control", "no-store")]
+        headers: list[tuple[str, str]] = [("x-request-id", ask.request_id)]
+        if all(name != "cache-control" for name, _ in answer.headers):
+            headers.append(("cache-control", "no-store"))
         if ask.receipt is not None:
             headers.append(("audit-receipt", ask.receipt.header()))
         if ask.client_request_id is not None:
             headers.append(("x-client-request-id", ask.client_request_id))
         headers += [("x-content-type-options", "nosniff"), *answer.headers]
+        if isinstance(answer, Reply) and isinstance(answer.body, AsyncIterator):
+            await self._stream(send, answer, [*headers, ("content-type", answer.media)])
+            return
         if isinstance(answer, Problem):
             payload, media = json.dumps(answer.body).encode(), PROBLEM_JSON
         elif isinstance(answer.body, bytes):
@@ -926,6 +1448,14 @@ class Native:
             }
         )
         await send({"type": "http.response.body", "body": payload})
+
+    async def _stream(self, send: Send, answer: Reply, headers: list[tuple[str, str]]) -> None:
+        """Send pieces as they come, without a length: an error between them ends the connection, not the answer."""
+        encoded = [(k.encode(), v.encode()) for k, v in headers]
+        await send({"type": "http.response.start", "status": answer.status, "headers": encoded})
+        async for piece in answer.body:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def dry_run_answer(error: WouldAllow | policy.Denied) -> Reply | None:
@@ -956,7 +1486,8 @@ def _query(scope: Scope, route: Route) -> dict[str, str]:
         pairs = parse_qsl(raw, keep_blank_values=True, strict_parsing=True, max_num_fields=32, errors="strict")
     except ValueError:
         raise RequestInvalid(("?", "malformed", "name=value pairs")) from None
-    allowed = {*route.query, "dry_run"} if route.method != "GET" else set(route.query)
+    tried = route.method != "GET" and not route.anonymous
+    allowed = {*route.query, "dry_run"} if tried else set(route.query)
     for name, value in pairs:
         known = name in allowed or ("tag.*" in allowed and _TAG.fullmatch(name) is not None)
         if not known:
@@ -973,6 +1504,10 @@ def _query(scope: Scope, route: Route) -> dict[str, str]:
 
 def _body(route: Route, headers: Mapping[str, str], raw: bytes) -> Any:
     """The body as the route's Struct; Malformed, UnsupportedMediaType or Invalid otherwise."""
+    if route.text:
+        if headers.get("content-encoding", "identity") != "identity":
+            raise UnsupportedMediaType
+        return raw
     if route.body is None:
         if raw:
             raise Malformed("body")

@@ -31,6 +31,26 @@ _PARAMETERS: Final[dict[str, dict[str, Any]]] = {
     "version": {"schema": {"type": "integer", "minimum": 1, "maximum": 16_777_215}},
     "name": {"schema": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,127}$"}},
     "id": {"schema": {"type": "string", "pattern": "^[A-Za-z0-9]{8}$"}},
+    "size": {"schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999_999_999}},
+    "chain": {
+        "description": "Node and slot of a writer: what a receipt's `log` ends with.",
+        "schema": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,17}-[0-9]{1,5}$"},
+    },
+    "seq": {"schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999_999_999}},
+    "tenant": {"schema": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"}},
+    "level": {"schema": {"type": "integer", "minimum": 0, "maximum": 63}},
+    "tile": {
+        "description": "Index and width as in C2SP tlog-tiles: `067`, `x001/x234/067`, `.p/<W>` if not full.",
+        "schema": {"type": "string", "pattern": "^(x[0-9]{3}/){0,4}[0-9]{3}(\\.p/[1-9][0-9]{0,2})?$"},
+    },
+    "origin": {
+        "description": "SHA-256 of the origin of a log, in hex.",
+        "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    },
+    "operation": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
+    "approval": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
+    "freeze": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
+    "decision": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
 }
 _QUERY: Final[dict[str, dict[str, Any]]] = {
     "page_size": {"type": "integer", "minimum": 1, "maximum": 500, "default": 50},
@@ -59,6 +79,9 @@ _QUERY: Final[dict[str, dict[str, Any]]] = {
     "to": {"type": "string", "format": "date-time"},
 }
 
+_SIZE: Final = {"type": "integer", "minimum": 1, "maximum": 999_999_999_999_999}
+_SIZES: Final[dict[str, dict[str, Any]]] = {"from": _SIZE, "to": _SIZE}  # of checkpoints, where others are times
+
 
 def _header(name: str, description: str, schema: dict[str, Any], *, required: bool) -> dict[str, Any]:
     return {"name": name, "in": "header", "required": required, "description": description, "schema": schema}
@@ -69,12 +92,14 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
         {"name": name, "in": "path", "required": True, **_PARAMETERS[name]}
         for name in re.findall(r"\{([a-z]+)\}", route.path)
     ]
+    sizes = route.op == "audit_consistency"
+    known = _SIZES if sizes else _QUERY
     found += [
-        {"name": name, "in": "query", "required": False, "schema": _QUERY[name]}
+        {"name": name, "in": "query", "required": sizes and name == "from", "schema": known[name]}
         for name in route.query
         if name != "tag.*"
     ]
-    if route.method != "GET":
+    if route.method != "GET" and not route.anonymous:
         found.append({"name": "dry_run", "in": "query", "required": False, "schema": {"type": "boolean"}})
     if route.idempotent:
         schema = {"type": "string", "pattern": "^[!#-\\[\\]-~]{1,128}$"}
@@ -99,16 +124,30 @@ def _responses(route: Route) -> dict[str, Any]:
         success["content"] = {"application/json": {"schema": {"type": "object"}}}
     problem = {"$ref": "#/components/responses/Problem"}
     responses = {str(route.status): success} if route.status < 400 else {}
-    if route.status in {201, 204}:  # a dry run or a replay
+    if route.status in {201, 202, 204}:  # a dry run or a replay
         responses["200"] = {
             "description": "A dry run",
             "content": {"application/json": {"schema": {"$ref": _REF.format(name="DryRunAnswer")}}},
         }
     if route.path == "/readyz":
         responses["503"] = success
+    if route.op == "witness_checkpoint":
+        responses |= _witness_responses()
     for status in sorted({row.status for row in ERRORS.values()}) if not route.public else ():
-        responses[str(status)] = problem
+        responses.setdefault(str(status), problem)
     return responses
+
+
+def _witness_responses() -> dict[str, Any]:
+    """C2SP's own answers are text; everything else that can go wrong is a problem."""
+    text: dict[str, Any] = {"text/plain": {}}
+    problem = {"application/problem+json": {"schema": {"$ref": _REF.format(name="ProblemAnswer")}}}
+    sized: dict[str, Any] = {"text/x.tlog.size": {}}
+    refusal = "A refusal as C2SP tlog-witness says it, or a problem"
+    return {
+        str(status): {"description": refusal, "content": (sized if status == 409 else text) | problem}
+        for status in (400, 403, 404, 409, 422, 429, 503)
+    }
 
 
 def _operation(route: Route) -> dict[str, Any]:
@@ -120,8 +159,11 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     if parameters := _parameters(route):
         operation["parameters"] = parameters
-    if route.public:
+    if route.public or route.anonymous:
         operation["security"] = []
+    if route.text:
+        bounded = {"type": "string", "maxLength": route.text}
+        operation["requestBody"] = {"required": True, "content": {"text/plain": {"schema": bounded}}}
     if route.body is not None:
         schema: dict[str, Any] = {"$ref": _REF.format(name=route.body.__name__)}
         if route.item is not None:

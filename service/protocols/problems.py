@@ -11,17 +11,26 @@ from typing import Any, Final
 
 import keystore
 import policy
+from audit.chain import Bad
 from audit.log import Unavailable
+from audit.proofs import NotCovered
+from audit.tree import Pruned
+from service.admission import RateLimited
+from service.approvals import ApprovalRefused
+from service.decisions import BundleLost, FactsLost
 from service.identity import Unidentified
 from service.outcome import (
     DENIED,
     FAILED,
+    ApprovalClosed,
+    HsmStateInvalid,
     RequestInvalid,
     TierNotMet,
     Withheld,
     outcome_of,
 )
 from service.protocols.strict_json import Invalid, Malformed
+from service.protocols.wire import moment
 
 
 class PayloadTooLarge(Exception):
@@ -82,7 +91,7 @@ OWN: Final[dict[type[Exception], tuple[str, str]]] = {
 
 def meaning(error: BaseException) -> tuple[str, str]:
     """(`out`, `code`) of an exception for the record and the answer."""
-    return OWN.get(type(error)) or outcome_of(error)  # type: ignore[arg-type]
+    return OWN.get(type(error)) or outcome_of(error)  # type: ignore[arg-type]  # `outcome_of` takes whatever was raised and knows an Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +125,11 @@ ERRORS: Final[dict[str, Row]] = {
     "method_not_allowed": Row(405, "Method not allowed"),
     "unsupported_media_type": Row(415, "Send application/json in UTF-8"),
     "key_state_invalid": Row(409, "The key's state does not allow this"),
+    "hsm_state_invalid": Row(409, "The state of the HSMs does not allow this"),
     "alias_in_use": Row(409, "The alias is in use"),
     "policy_would_lock_out": Row(409, "The policy would lock everyone out"),
+    "bundle_lost": Row(409, "The bundle that the record names is not at hand"),
+    "facts_lost": Row(409, "The decision cannot be made again"),
     "tier_not_met": Row(409, "The key would not meet its tier"),
     "idempotency_in_progress": Row(409, "The first request with this key is still running", True, 1),
     "etag_mismatch": Row(412, "The key changed; read it again"),
@@ -128,13 +140,19 @@ ERRORS: Final[dict[str, Row]] = {
     "algorithm_not_supported_by_hsm": Row(422, "The HSM of this region cannot hold or use such a key"),
     "idempotency_key_reused": Row(422, "This Idempotency-Key belongs to another request"),
     "frozen": Row(423, "Frozen"),
+    "freeze_lifted": Row(409, "The freeze is not in force"),
+    "approval_refused": Row(403, "The approval does not count"),
+    "approval_closed": Row(409, "The request for approval is closed"),
     "rate_limited": Row(429, "Too many requests", True, 1),
     "quota_exceeded": Row(429, "The quota is used up", True, 60),
     "internal": Row(500, "Internal error"),
-    "hsm_error": Row(502, "The HSM answered with an error"),
-    "hsm_timeout": Row(504, "The HSM did not answer in time", True),
+    "hsm_error": Row(502, "The HSM answered with an error", True, 1),
+    "hsm_timeout": Row(504, "The HSM did not answer in time", True, 1),
     "hsm_unavailable": Row(503, "The HSM is not available", True, 1),
     "audit_unavailable": Row(503, "The audit log cannot be written", True, 2),
+    "audit_damaged": Row(500, "The stored audit log does not verify: call the operator"),
+    "record_archived": Row(410, "These records are in the archive alone"),
+    "checkpoint_pending": Row(503, "No checkpoint covers this yet", True, 1),
     "freeze_unconfirmed": Row(503, "The freeze state is not confirmed", True, 1),
     "draining": Row(503, "This node is shutting down", True, 1),
 }
@@ -150,9 +168,15 @@ class Problem:
 
 
 def problem(
-    code: str, *, request_id: str, decision_id: str | None = None, executed: bool = False, **extra: object
+    code: str,
+    *,
+    request_id: str,
+    decision_id: str | None = None,
+    executed: bool = False,
+    retry_after: int | None = None,
+    **extra: object,
 ) -> Problem:
-    """The problem of a code."""
+    """The problem of a code; `retry_after` (seconds) where the error knows better than its row."""
     row = ERRORS[code]
     body: dict[str, Any] = {
         "type": f"urn:skms:problem:{code}",
@@ -167,8 +191,9 @@ def problem(
         body["decision_id"] = decision_id
     body |= {k: v for k, v in extra.items() if v is not None}
     headers: list[tuple[str, str]] = []
-    if row.retry_after is not None:
-        headers.append(("retry-after", str(row.retry_after)))
+    wait = row.retry_after if retry_after is None else retry_after
+    if row.retryable and wait is not None:
+        headers.append(("retry-after", str(wait)))
     if code == "unauthenticated":
         headers.append(("www-authenticate", 'Bearer realm="skms"'))
     return Problem(row.status, body, tuple(headers))
@@ -178,7 +203,7 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
     """The problem of an exception; one that nobody expected says nothing but `internal`."""
     _, code = meaning(error)
     extra: dict[str, object] = {}
-    executed = False
+    executed, wait = False, None
     match error:
         case policy.Denied():
             extra = _decided(error.decision)
@@ -202,15 +227,27 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
                 "file": error.file,
                 "line": error.line,
             }
-        case keystore.UnsupportedByHsm():
+        case policy.Frozen():
+            extra = {"freeze_id": error.freeze.id, "since": moment(error.freeze.at)}
+        case policy.FreezeUnconfirmed() | policy.FreezeGone() | ApprovalRefused() | ApprovalClosed():
+            extra = {"detail": str(error)}
+        case BundleLost() | FactsLost() | NotCovered() | Pruned():
+            extra = {"detail": str(error)}
+        case Bad():
+            extra = {"detail": f"{error.code} {error.where}"}
+        case keystore.UnsupportedByHsm() | keystore.GroupWouldBeEmpty() | HsmStateInvalid():
             extra = {"detail": str(error)}
         case keystore.HsmFault():
             extra = {"ckr": error.ckr}
+        case keystore.HsmUnavailable():
+            extra, executed, wait = {"ckr": error.ckr or None}, error.executed, error.retry_after
+        case RateLimited():
+            wait = error.retry_after
         case Unavailable():
             executed = error.executed
         case _:
             pass
-    return problem(code, request_id=request_id, decision_id=decision_id, executed=executed, **extra)
+    return problem(code, request_id=request_id, decision_id=decision_id, executed=executed, retry_after=wait, **extra)
 
 
 def _decided(decision: policy.Decision) -> dict[str, object]:

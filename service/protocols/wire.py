@@ -6,15 +6,20 @@ Times are RFC 3339 UTC with milliseconds, durations ISO 8601 (days, hours, minut
 from __future__ import annotations
 
 import base64
+import dataclasses
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from keystore import Key, KeyVersion
+from keystore import Admin, Key, KeyVersion, MemberStatus
+from policy import Freeze
+from service.containment import Contained
 from service.outcome import RequestInvalid
+from service.quorum import Standing
+from service.rows import Operation
 
 MAX_PLAINTEXT: Final = 65_536
 BASE64_LIMIT: Final = 4 * ((MAX_PLAINTEXT + 2) // 3)
@@ -41,7 +46,7 @@ Duration = Annotated[
 ]
 Fence = Annotated[int, Meta(ge=1, le=16_777_215)] | Annotated[str, Meta(pattern="^latest(-[0-9]{1,5})?$")]
 Context = dict[str, str]
-Suite = Literal["0x0001", "0x0002"]
+Suite = Literal["0x0001", "0x0002", "0x0005"]
 Spec = Literal["AES_256", "HMAC_256", "HMAC_512", "RSA_3072", "RSA_4096", "EC_P256", "EC_P384", "ED25519"]
 SignAlgorithm = Literal[
     "RSA_PSS_SHA_256",
@@ -196,6 +201,7 @@ class CreateKeyBody(Struct, forbid_unknown_fields=True, kw_only=True):
         default_factory=lambda: ["default"]
     )
     alias: AliasName | None = None
+    origin: Literal["hsm", "external"] = "hsm"
     suite: Suite | None = None
     rotation: RotationBody | None = None
     description: Annotated[str, Meta(max_length=1_024)] = ""
@@ -210,12 +216,88 @@ class PatchKeyBody(Struct, forbid_unknown_fields=True, kw_only=True):
     min_encrypt_version: Fence | UnsetType = UNSET
 
 
+class SimulateBody(Struct, kw_only=True):
+    """A draft bundle, whole: path -> content; and the recorded period that it is to decide again."""
+
+    files: Annotated[dict[str, str], Meta(min_length=1, max_length=4_096)]
+    from_: str = msgspec.field(name="from")
+    to: str
+
+
 class WhyBody(Struct, forbid_unknown_fields=True):
     reason: Reason | None = None
 
 
+class ScopeBody(Struct, forbid_unknown_fields=True):
+    """What a freeze stops: a kind, and which one of it. A region may be a jurisdiction or a group of the charter."""
+
+    kind: Literal["everything", "key", "tag", "tenant", "region", "tier", "caller", "hsm"]
+    value: Annotated[str, Meta(max_length=512)] = ""
+
+
+class FreezeBody(Struct, forbid_unknown_fields=True):
+    scope: ScopeBody
+    reason: Reason
+
+
+class FreezeDrillBody(Struct, forbid_unknown_fields=True):
+    """A key that carries the tag `canary` with the value `true`."""
+
+    key: Annotated[str, Meta(min_length=1, max_length=134)]
+    reason: Reason | None = None
+
+
+class SignatureBody(Struct, forbid_unknown_fields=True):
+    """An Ed25519 signature (hex) over `skms-approval/v1`, the request's kind and its digest, each followed by a newline."""
+
+    approver: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    signature: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
+
+
 class DeletionBody(Struct, forbid_unknown_fields=True):
     wait: Duration = "P30D"
+    reason: Reason | None = None
+
+
+WrappingName = Literal[
+    "RSA_AES_KEY_WRAP_SHA_256",
+    "RSA_AES_KEY_WRAP_SHA_1",
+    "RSAES_OAEP_SHA_256",
+    "RSAES_OAEP_SHA_1",
+    "HPKE_MLKEM768_X25519_SHA256_AES_256_GCM",
+]
+WrappingKeySpec = Literal["RSA_3072", "RSA_4096"]
+Moment = Annotated[
+    str, Meta(max_length=40, pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,16}(Z|[+-][0-9]{2}:[0-9]{2})$")
+]
+
+
+class ImportParametersBody(Struct, forbid_unknown_fields=True):
+    # RSAES_PKCS1_V1_5 is not there: its padding is an oracle
+    wrapping: WrappingName
+    wrapping_key_spec: WrappingKeySpec | None = None
+    reason: Reason | None = None
+
+
+class ImportBody(Struct, forbid_unknown_fields=True, kw_only=True):
+    import_token: Annotated[str, Meta(max_length=128, pattern="^skms_import_[A-Za-z0-9_-]{64}$")]
+    wrapped_key: Annotated[str, Meta(max_length=8_192, extra_json_schema={"contentEncoding": "base64"})]
+    key_check_value: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    public_key: Annotated[str, Meta(max_length=2_048)] | None = None
+    expires_at: Moment | None = None
+    reason: Reason | None = None
+
+
+HsmName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,17}$")]
+
+
+class DrillBody(Struct, forbid_unknown_fields=True, kw_only=True):
+    kind: Literal["exit"]
+    source: HsmName = msgspec.field(name="from")
+    to: HsmName
+    observe: Duration = "PT30S"
+    window: Duration = "PT60S"
+    rate: Annotated[int, Meta(ge=1, le=10_000)] = 500
     reason: Reason | None = None
 
 
@@ -228,6 +310,7 @@ class TokenBody(Struct, forbid_unknown_fields=True):
     expires_in: Duration = "P30D"
 
 
+_EPOCH: Final = datetime.fromtimestamp(0, UTC)
 _DURATION: Final = re.compile(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+)S)?)?")
 
 
@@ -257,7 +340,7 @@ def microseconds(text: str) -> int:
     at = datetime.fromisoformat(text)
     if at.tzinfo is None or len(text) > 40:
         raise ValueError("a time without zone")
-    return int(at.timestamp() * 1_000_000)
+    return (at - _EPOCH) // timedelta(microseconds=1)  # not by `timestamp`: a float has no room for microseconds
 
 
 def binary(pointer: str, text: str) -> bytes:
@@ -301,7 +384,7 @@ def key_json(key: Key, *, missing: list[str] | None = None, uses: dict[int, int]
             "max_uses": key.rotation.max_uses,
         },
         "versions": [version_json(v) for v in key.versions],
-        "latest_version": key.latest.number,
+        "latest_version": key.latest_number or None,
         "min_decrypt_version": key.min_decrypt_version,
         "min_encrypt_version": key.min_encrypt_version,
         "tier_status": {"met": not missing, "missing": missing or []},
@@ -318,6 +401,104 @@ def version_json(version: KeyVersion) -> dict[str, Any]:
         "state": API_VERSION_STATE[str(version.state)],
         "created_at": moment(version.created_at),
         "uses": version.uses,
+        "import_path": None if version.imported is None else version.imported.path,
+        "expires_at": None
+        if version.imported is None or version.imported.expires_at is None
+        else moment(version.imported.expires_at),
+    }
+
+
+def freeze_json(freeze: Freeze, lifted_at: int | None) -> dict[str, Any]:
+    """A freeze as the API shows it."""
+    return {
+        "id": freeze.id,
+        "scope": {"kind": freeze.scope.kind, "value": freeze.scope.value},
+        "tenant": freeze.tenant,
+        "reason": freeze.reason,
+        "officer": freeze.officer,
+        "drill": freeze.drill,
+        "since": moment(freeze.at),
+        "lifted_at": None if lifted_at is None else moment(lifted_at),
+    }
+
+
+def contained_json(found: Contained) -> dict[str, Any]:
+    """A freeze, and how far it got."""
+    reach, last = found.reach, found.last_success
+    at = reach.contained_at
+    return {
+        **freeze_json(found.freeze, found.lifted_at),
+        "contained_at": None if at is None else moment(at),
+        "seconds_to_contain": None if at is None else (at - found.freeze.at) / 1e6,
+        "acknowledged": len(reach.acknowledged),
+        "silent": [{"worker": s.worker, "node": s.node, "until": moment(s.until)} for s in reach.silent],
+        "last_success": None
+        if last is None
+        else {
+            "at": moment(last.t),
+            "op": last.record["op"],
+            "key": last.record.get("key"),
+            "log": last.log,
+            "seq": last.seq,
+        },
+    }
+
+
+def approval_json(standing: Standing) -> dict[str, Any]:
+    """A request for approval; `request` is exactly what is signed, `digest` the SHA-256 that stands for it."""
+    asked = standing.asked
+    return {
+        "id": asked.id,
+        "state": standing.state,
+        "kind": asked.kind,
+        "request": dataclasses.asdict(asked),
+        "digest": asked.digest(),
+        "needed": standing.needed,
+        "approvers": list(standing.approvers),
+        "created_at": moment(asked.created),
+        "expires_at": moment(asked.expires),
+    }
+
+
+def operation_json(operation: Operation) -> dict[str, Any]:
+    """A long-running operation as the API shows it."""
+    return {
+        "id": operation.id,
+        "kind": operation.kind,
+        "state": operation.state,
+        "step": operation.step,
+        "progress": {"done": operation.done, "total": operation.total},
+        "created_at": moment(operation.created_at),
+        "updated_at": moment(operation.updated_at),
+        "parameters": {k: v for k, v in operation.parameters.items() if k != "admin"},
+        "result": dict(operation.outcome) or None,
+    }
+
+
+def hsm_json(member: MemberStatus) -> dict[str, Any]:
+    """An HSM as the API shows it; counters are those of the worker that answers."""
+    token = member.token
+    return {
+        "name": member.name,
+        "region": member.region,
+        "admin": str(member.admin),
+        "state": member.state,
+        "drained": member.admin is Admin.DRAINED and member.in_flight == 0,
+        "in_flight": member.in_flight,
+        "last_error": member.last_error,
+        "failovers": member.failovers,
+        "vendor": token.vendor if token else None,
+        "token_label": token.token_label if token else None,
+        "token_serial": token.token_serial if token else None,
+        "firmware": token.firmware if token else None,
+        "root_kek": str(token.root_kek) if token else None,
+        "epoch": token.epoch if token else None,
+        "cached_keys": token.cached_keys if token else None,
+        "sessions_open": token.sessions_open if token else None,
+        "sessions_max": token.sessions_max if token else None,
+        "specs": list(token.specs) if token else [],
+        "missing": [{"material": name, "reason": reason} for name, reason in token.missing] if token else [],
+        "waivers": list(token.waivers) if token else [],
     }
 
 
@@ -396,6 +577,8 @@ class VersionAnswer(Struct):
     state: str
     created_at: str
     uses: int
+    import_path: str | None
+    expires_at: str | None
 
 
 class TierStatus(Struct):
@@ -428,13 +611,23 @@ class KeyAnswer(Struct):
     tags: dict[str, str]
     rotation: RotationAnswer
     versions: list[VersionAnswer]
-    latest_version: int
+    latest_version: int | None
     min_decrypt_version: int
     min_encrypt_version: int
     tier_status: TierStatus
     created_at: str
     updated_at: str
     delete_at: str | None
+
+
+class ImportParametersAnswer(Struct):
+    key_id: str
+    wrapping: str
+    wrapping_key_spec: str | None
+    wrapping_public_key: str
+    import_token: str
+    import_path: str
+    expires_at: str
 
 
 class KeyList(Struct):
@@ -456,6 +649,107 @@ class AliasList(Struct):
     next_page_token: str | None
 
 
+class Progress(Struct):
+    done: int
+    total: int
+
+
+class OperationAnswer(Struct):
+    id: str
+    kind: str
+    state: Literal["running", "succeeded", "failed", "cancelled"]
+    step: str
+    progress: Progress
+    created_at: str
+    updated_at: str
+    parameters: dict[str, Any]
+    result: dict[str, Any] | None
+
+
+class OperationList(Struct):
+    items: list[OperationAnswer]
+
+
+class FreezeAnswer(Struct):
+    id: str
+    scope: ScopeBody
+    tenant: str | None
+    reason: str
+    officer: str
+    drill: bool
+    since: str
+    lifted_at: str | None
+
+
+class FreezeList(Struct):
+    items: list[FreezeAnswer]
+
+
+class SilentWorker(Struct):
+    worker: str
+    node: str
+    until: str
+
+
+class LastSuccess(Struct):
+    at: str
+    op: str
+    key: str | None
+    log: str
+    seq: int
+
+
+class ContainedAnswer(FreezeAnswer):
+    contained_at: str | None
+    seconds_to_contain: float | None
+    acknowledged: int
+    silent: list[SilentWorker]
+    last_success: LastSuccess | None
+
+
+class ApprovalAnswer(Struct):
+    id: str
+    state: Literal["open", "executed", "cancelled", "expired"]
+    kind: str
+    request: dict[str, Any]
+    digest: str
+    needed: int
+    approvers: list[str]
+    created_at: str
+    expires_at: str
+
+
+class ApprovalList(Struct):
+    items: list[ApprovalAnswer]
+
+
+class HsmAnswer(Struct):
+    name: str
+    region: str
+    admin: Literal["active", "fallback", "drained"]
+    state: Literal["UP", "DOWN", "LOCKED", "SUSPECT", "EMPTY", "FOREIGN"]
+    drained: bool
+    in_flight: int
+    last_error: str
+    failovers: int
+    vendor: str | None
+    token_label: str | None
+    token_serial: str | None
+    firmware: str | None
+    root_kek: str | None
+    epoch: int | None
+    cached_keys: int | None
+    sessions_open: int | None
+    sessions_max: int | None
+    specs: list[str]
+    missing: list[dict[str, str]]
+    waivers: list[str]
+
+
+class HsmList(Struct):
+    items: list[HsmAnswer]
+
+
 class ObjectList(Struct):
     items: list[dict[str, Any]]
 
@@ -470,6 +764,29 @@ class PolicyAnswer(Struct):
     version: int
     development: bool
     files: dict[str, str]
+
+
+class DecisionAnswer(Struct):
+    """A recorded decision, made again; `fixes` are the smallest changes of facts that would have it allowed."""
+
+    id: str
+    record: dict[str, Any]
+    decision: dict[str, Any]
+    request: dict[str, Any]
+    rules: list[dict[str, Any]]
+    fixes: list[dict[str, Any]]
+
+
+class ReplayAnswer(Struct):
+    """A recorded period under a draft; `changed` are decisions that their own bundle now makes otherwise: none, ever."""
+
+    decisions: int
+    identical: int
+    changed: list[str]
+    unmade: dict[str, int]
+    newly_allowed: int
+    newly_denied: int
+    differences: list[dict[str, Any]]
 
 
 class TokenAnswer(Struct):

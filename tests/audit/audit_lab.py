@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +15,51 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from audit import event, log
+from audit import event, log, stored, tables, verify
+from audit.export import export
+from audit.index import IndexKey
+from audit.search import Search
 from audit.verify import Trust
 from service.database import open_engine
 
 ORIGIN = "kms.example/audit"
+INDEX_KEY = IndexKey(b"\1" * 32)
 
 
 class MemorySigner:
     """The audit key, without an HSM."""
 
-    def __init__(self) -> None:
-        self._key = Ed25519PrivateKey.generate()
+    def __init__(self, key: bytes | None = None) -> None:
+        self._key = Ed25519PrivateKey.generate() if key is None else Ed25519PrivateKey.from_private_bytes(key)
+
+    def private(self) -> str:
+        """For another process of the same test."""
+        return self._key.private_bytes_raw().hex()
 
     def public_key(self) -> bytes:
         form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         return self._key.public_key().public_bytes(*form)
+
+    def known_keys(self) -> tuple[bytes, ...]:
+        return (self.public_key(),)
 
     def sign(self, statement: bytes) -> bytes:
         return self._key.sign(statement)
 
 
 class Lab:
-    """One database, one audit key, as many writers as a test wants."""
+    """One database, one audit key, as many writers as a test wants. `make` creates the tables."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.signer = directory, MemorySigner()
+    def __init__(self, directory: Path, *, url: str | None = None, key: bytes | None = None, make: bool = True) -> None:
+        self.directory, self.signer = directory, MemorySigner(key)
         self.path = directory / "audit.db"
-        self.engine = open_engine(f"sqlite:///{self.path}")
-        with self.engine.begin() as connection:
-            log.tables.create_all(connection)
-            connection.execute(sa.text("CREATE TABLE things (name TEXT PRIMARY KEY)"))
+        self.url = url or f"sqlite:///{self.path}"
+        self.engine = open_engine(self.url)
+        if make:
+            with self.engine.begin() as connection:
+                tables.tables.create_all(connection)
+                connection.execute(sa.text("CREATE TABLE things (name TEXT PRIMARY KEY)"))
+        self.search = Search(self.engine, INDEX_KEY)
 
     @property
     def trust(self) -> Trust:
@@ -66,8 +82,25 @@ class Lab:
             **options,
         )
 
+    def check(self, receipts: Iterable[str]) -> int:
+        """Require that every receipt handed out stands in an export the offline verifier accepts; how many there were."""
+        lines = [f"{r}\n" for r in receipts]
+        exported = self.directory / "export"
+        export(self.engine, exported, self.trust)
+        (self.directory / "receipts.txt").write_text("".join(lines))
+        told = io.StringIO()
+        with contextlib.redirect_stdout(told):
+            status = verify.main(
+                [
+                    *(str(exported), "--trust", str(exported / "trust.txt")),
+                    *("--receipts", str(self.directory / "receipts.txt")),
+                ]
+            )
+        assert status == 0, told.getvalue()
+        return len(lines)
+
     def verify(self) -> list[str]:
-        return [f.code for f in log.verify_database(self.engine, self.trust).findings]
+        return [f.code for f in stored.verify_database(self.engine, self.trust).findings]
 
 
 def now() -> int:

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from audit_lab import Lab, intent, now, op, outcome
 
-from audit import event, log
+from audit import event, log, verify
+from audit.stored import stored_batches
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +30,7 @@ async def test_receipts_name_durable_records_and_the_log_verifies(made: Lab) -> 
     assert writer.groups < 200, "records were not committed in groups"
     await writer.close()
     assert made.verify() == []
-    found = made.writer().records(tenant="t1", limit=500)
+    found = made.search.records(tenant="t1", limit=500)
     assert len(found) == 67
     assert {f.record["tenant"] for f in found} == {"t1"}
 
@@ -60,7 +60,7 @@ async def test_A_change_commits_with_its_record_and_a_failing_one_harms_no_neigh
     assert isinstance(results[0], log.Receipt)
     assert isinstance(results[2], log.Receipt)
     assert seen == ["a"]
-    (undone,) = writer.records(op="rotate_key", out="error")
+    (undone,) = made.search.records(op="rotate_key", out="error")
     assert undone.record["why"] == "change_undone"
     await writer.close()
     assert made.verify() == []
@@ -122,11 +122,11 @@ async def test_S_04_a_locked_database_is_late_and_the_record_that_lands_is_withh
     blocker.close()
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        kinds = [f.record["kind"] for f in writer.records(limit=10)]
+        kinds = [f.record["kind"] for f in made.search.records(limit=10)]
         if "withheld" in kinds:
             break
         await asyncio.sleep(0.05)
-    (withheld,) = [f.record for f in writer.records(limit=10) if f.record["kind"] == "withheld"]
+    (withheld,) = [f.record for f in made.search.records(limit=10) if f.record["kind"] == "withheld"]
     assert withheld["intent"] == record.id
     await writer.close()
     assert made.verify() == []
@@ -141,7 +141,7 @@ async def test_an_intent_that_a_crash_left_open_is_settled_at_the_next_start(mad
     crashed._lock_file.close()
     heir = made.writer()
     await heir.start()
-    (settled,) = [f.record for f in heir.records(op="rotate_key") if f.record["kind"] == "outcome"]
+    (settled,) = [f.record for f in made.search.records(op="rotate_key") if f.record["kind"] == "outcome"]
     assert (settled["intent"], settled["out"], settled["why"]) == (left.id, "error", "interrupted")
     await heir.close()
     assert made.verify() == []
@@ -179,7 +179,7 @@ async def test_the_clock_stepping_back_is_recorded_and_far_forward_is_refused(ma
     await writer.append(op())
     shift = -3_600_000_000
     await writer.append(op())
-    assert any(f.record["kind"] == "clock" for f in writer.records(limit=10))
+    assert any(f.record["kind"] == "clock" for f in made.search.records(limit=10))
     shift = 3_600_000_000
     with pytest.raises(log.Unavailable, match="clock"):
         await writer.append(op())
@@ -196,113 +196,12 @@ async def test_searching_pages_through_everything_once(made: Lab) -> None:
         await writer.append(op(f"t{i % 2}"))
     seen: list[int] = []
     after: tuple[str, int] | None = None
-    while page := writer.records(tenant="t0", after=after, limit=7):
+    while page := made.search.records(tenant="t0", after=after, limit=7):
         seen += [f.seq for f in page]
         after = (page[-1].log, page[-1].seq)
     assert seen == sorted(set(seen), reverse=True)
     assert len(seen) == 30
     await writer.close()
-
-
-class Mutations:
-    """Random changes of one stored value, as a database owner could make them."""
-
-    KEYS = {
-        "audit_batch": ("day", "shard", "first_seq"),
-        "audit_shard": ("shard",),
-        "audit_snapshot": ("shard", "at_seq"),
-        "audit_intent": ("id",),
-    }
-
-    def __init__(self, db: sqlite3.Connection, seed: int) -> None:
-        self.db, self.chooser = db, random.Random(seed)
-        db.row_factory = sqlite3.Row
-        self.rows = {t: [dict(r) for r in db.execute(f"SELECT * FROM {t}")] for t in self.KEYS}
-
-    def one(self) -> str:
-        """Apply one; says what was done."""
-        table = self.chooser.choice(
-            [t for t, rows in self.rows.items() for _ in range(3 if t == "audit_batch" else 1) if rows]
-        )
-        row = self.chooser.choice(self.rows[table])
-        where = " AND ".join(f"{k} = ?" for k in self.KEYS[table])
-        key = [row[k] for k in self.KEYS[table]]
-        if table != "audit_snapshot" and self.chooser.random() < 0.05:
-            self.db.execute(f"DELETE FROM {table} WHERE {where}", key)
-            return f"deleted a row of {table}"
-        column = self.chooser.choice(list(row))
-        value = self._other(row[column], table, column)
-        self.db.execute(f"UPDATE {table} SET {column} = ? WHERE {where}", [value, *key])
-        return f"{table}.{column}: {row[column]!r:.60} -> {value!r:.60}"
-
-    def _other(self, value: Any, table: str, column: str) -> Any:
-        if self.chooser.random() < 0.2:
-            values = [r[column] for r in self.rows[table] if r[column] != value]
-            if values:
-                return self.chooser.choice(values)
-        match value:
-            case int():
-                return value + self.chooser.choice([-1, 1, 7, 86_400, 2**31])
-            case bytes() if not value:
-                return b"\0"
-            case bytes():
-                at, kind = self.chooser.randrange(len(value)), self.chooser.randrange(4)
-                if kind == 0:
-                    return value[:at]
-                if kind == 1:
-                    return value + bytes([self.chooser.randrange(256)])
-                if kind == 2:
-                    return value[:at] + value[at + 1 :]
-                return value[:at] + bytes([value[at] ^ 1 << self.chooser.randrange(8)]) + value[at + 1 :]
-        at = self.chooser.randrange(len(value))
-        return value[:at] + chr((ord(value[at]) + 1) % 128) + value[at + 1 :]
-
-
-async def test_10_000_random_mutations_of_a_stored_log_and_none_undetected(made: Lab) -> None:
-    writer = made.writer()
-    await writer.start()
-    open_one = intent()
-    for i in range(8):
-        await writer.append(op(f"t{i % 2}"))
-    await writer.append(open_one)
-    done = intent()
-    await writer.append_many([done, op(), op()])
-    await writer.append(outcome(done))
-    await writer.close()
-    heir = made.writer()
-    await heir.start()
-    await heir.append(intent())
-    heir._lock_file.close()
-    memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    with sqlite3.connect(made.path) as stored:
-        stored.backup(memory)
-    for table in ("batch", "snapshot"):
-        for verb in ("update", "delete"):
-            memory.execute(f"DROP TRIGGER audit_{table}_{verb}")
-    engine = sa.create_engine("sqlite://", creator=lambda: memory, poolclass=sa.StaticPool)
-    sa.event.listen(engine, "begin", lambda c: None)
-    mutations = Mutations(memory, seed=20_261_124)
-    missed: list[str] = []
-    with engine.connect() as connection:
-        assert log.verify_connection(connection, made.trust).findings == []
-        trials = 0
-        while trials < 10_000:
-            memory.execute("SAVEPOINT trial")
-            try:
-                what = mutations.one()
-            except sqlite3.IntegrityError:
-                memory.execute("ROLLBACK TO trial")
-                memory.execute("RELEASE trial")
-                continue
-            trials += 1
-            memory.row_factory = None
-            report = log.verify_connection(connection, made.trust)
-            memory.row_factory = sqlite3.Row
-            memory.execute("ROLLBACK TO trial")
-            memory.execute("RELEASE trial")
-            if not any(f.code.startswith("E_") for f in report.findings):
-                missed.append(what)
-    assert not missed, f"{len(missed)} undetected: {missed[:5]}"
 
 
 async def test_R1_kill_9_of_a_writer_loses_no_receipt(made: Lab, tmp_path: Path) -> None:
@@ -321,13 +220,14 @@ async def main():
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey as K
         key = K.from_private_bytes(bytes.fromhex({made.signer._key.private_bytes_raw().hex()!r}))
         def public_key(self): return bytes.fromhex({made.signer.public_key().hex()!r})
+        def known_keys(self): return (self.public_key(),)
         def sign(self, s): return self.key.sign(s)
     lab.signer = Signer()
     w = lab.writer()
     await w.start()
     while True:
         for r in await asyncio.gather(*(w.append(op(f"t{{i}}")) for i in range(16))):
-            print(r.seq, r.leaf.hex(), flush=False)
+            print(r.seq, r.leaf.hex())
         sys.stdout.flush()
 asyncio.run(main())
 """
@@ -335,10 +235,12 @@ asyncio.run(main())
     chooser = random.Random(5)
     for _ in range(8):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ)
-        await asyncio.sleep(1.2 + chooser.random() * 0.3)
+        assert process.stdout is not None
+        first = await asyncio.to_thread(process.stdout.readline)  # it writes by now, however busy the machine is
+        await asyncio.sleep(chooser.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         printed, _ = process.communicate()
-        for line in printed.decode().splitlines():
+        for line in (first + printed).decode().splitlines():
             seq, _, leaf = line.partition(" ")
             if len(leaf) == 64:
                 receipts[int(seq)] = leaf
@@ -346,12 +248,10 @@ asyncio.run(main())
     heir = made.writer()
     await heir.start()
     await heir.close()
-    from audit.verify import check_chain
-
-    report = log.Report()
+    report = verify.Report()
     with made.engine.connect() as connection:
         (row,) = connection.execute(sa.text("SELECT shard, log_id FROM audit_shard")).all()
-        check_chain(row[1], log._batches(connection, row[0], row[1]), made.trust, report, wanted=receipts)
+        verify.check_chain(row[1], stored_batches(connection, row[0], row[1]), made.trust, report, wanted=receipts)
     assert report.findings == []
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import uuid
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from harness import Served, skms, start, stop
+from vectors import wrap_import
 
 MARKS = {
     "plaintext": b"CANARY-plaintext-2f8c1d",
@@ -57,6 +60,20 @@ def drive(node: Served) -> list[bytes]:
         workload.post("/v1/data-keys/unwrap", json={"wrapped_key": data["wrapped_key"], **use})
         workload.post(f"/v1/keys/{keys['EC_P256']}/sign", json={"message": message, "algorithm": "ECDSA_SHA_256"})
         workload.post(f"/v1/keys/{keys['HMAC_256']}/mac", json={"message": message, "algorithm": "HMAC_SHA_256"})
+        waiting = {"spec": "AES_256", "tier": 2, "home": "eu-de-1", "origin": "external"}
+        key = operator.post("/v1/keys", json=waiting, headers={"Idempotency-Key": uuid.uuid4().hex}).json()["id"]
+        made = operator.post(f"/v1/keys/{key}/import-parameters", json={"wrapping": wrap_import.HPKE_NAME}).json()
+        material = os.urandom(32)
+        end = int(datetime.fromisoformat(made["expires_at"]).timestamp())
+        info = wrap_import.info("health", uuid.UUID(key).bytes, "AES_256", end)
+        public = base64.b64decode(made["wrapping_public_key"])
+        wrapped = wrap_import.wrap(wrap_import.HPKE_NAME, public, material, info=info)
+        body = {"import_token": made["import_token"], "wrapped_key": base64.b64encode(wrapped).decode()}
+        for value in ("0" * 16, wrap_import.check_value(material)):
+            sent = {**body, "key_check_value": value}
+            answer = operator.post(f"/v1/keys/{key}/import", json=sent, headers={"Idempotency-Key": uuid.uuid4().hex})
+        assert answer.status_code == 200, answer.text
+        secrets += [material, made["import_token"].encode(), wrapped[64:128]]
         items = [{"key": keys["AES_256"], "plaintext": plain, **use} for _ in range(5)]
         workload.post("/v1/batch/encrypt", json={"items": items})
         random = workload.post("/v1/random", json={"bytes": 32}).json()["random"]
@@ -92,8 +109,6 @@ def drive(node: Served) -> list[bytes]:
 @pytest.mark.slow
 def test_L_01_L_06_no_secret_is_in_logs_database_metrics_or_export(tmp_path: Path) -> None:
     log = tmp_path / "node.log"
-    import os
-
     os.environ["SKMS_LOG_LEVEL"] = "debug"
     try:
         node = start(tmp_path / "node", log=log)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 import httpx
 
 from harness import ROOT, Files, prepared, skms, start, stop, tls_of
+from receivers import Pki, http_receiver
 
 KILLS = int(os.environ.get("CRASH_KILLS", "50"))
 READY_S = 3.0
@@ -149,3 +151,46 @@ def test_R1_no_acknowledged_operation_is_lost_when_the_process_is_killed(tmp_pat
         f"{statistics.median(ready):.2f} s, worst {max(ready):.2f} s"
     )
     assert statistics.median(ready) <= READY_S
+
+
+def test_R1_a_sink_misses_nothing_when_the_process_is_killed(tmp_path: Path) -> None:
+    node = start(tmp_path / "node")
+    stop(node.process)
+    files, pki = prepared(tmp_path / "node"), Pki.make(tmp_path / "pki")
+    with http_receiver(pki) as (held, target):
+        with files.config_file.open("a") as config:
+            config.write(f'[[audit.sink]]\nname = "siem"\nkind = "https-json"\nurl = "{target.url}"\nca = "{pki.ca}"\n')
+        process, _ = launch(files, tmp_path / "serve.log")
+        with httpx.Client(base_url=files.url, verify=tls_of(files, "health-operator"), timeout=10) as operator:
+            body = {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}
+            key = operator.post("/v1/keys", json=body, headers={"Idempotency-Key": "sink"}).json()["id"]
+        history = History()
+        try:
+            for kill in range(3):
+                seen, told, until = len(held.taken), len(history.receipts), threading.Event()
+                thread = threading.Thread(target=load, args=(files, key, history, until, kill))
+                thread.start()
+                deadline = time.monotonic() + 60
+                while (
+                    len(held.taken) < seen + 50 or len(history.receipts) < told + 50
+                ) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGKILL)  # in the middle of forwarding: the load has not stopped
+                process.wait()
+                until.set()
+                thread.join(10)
+                process, _ = launch(files, tmp_path / "serve.log")
+            wanted = {int(found[2]) for r in history.receipts if (found := RECEIPT.search(r))}
+            deadline = time.monotonic() + 30
+            while not wanted <= set(held.numbers(held.taken[0][0])) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        finally:
+            process.terminate()
+            process.wait(20)
+    numbers = held.numbers(held.taken[0][0])
+    assert len(wanted) > 100
+    assert wanted <= set(numbers)
+    assert set(numbers) == set(range(max(numbers) + 1))
+    # In order, but for the places where a worker began again at the stored position.
+    assert all(after <= before + 1 for before, after in itertools.pairwise(numbers))
+    assert sum(after != before + 1 for before, after in itertools.pairwise(numbers)) <= 3

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
+import httpx
 import pytest
 
 from harness import Lab
@@ -98,22 +99,27 @@ class Keys:
                 answer = await officer.post(f"{path}/mark-compromised")
             answer.raise_for_status()
         elif state in {"pending_deletion", "destroyed"}:
-            (await operator.post(f"{path}/schedule-deletion", json={"wait": "P7D"}, headers=match)).raise_for_status()
+            body = {"wait": "P7D" if state == "destroyed" else "P90D"}
+            (await operator.post(f"{path}/schedule-deletion", json=body, headers=match)).raise_for_status()
 
     async def destroy_due(self) -> None:
-        """Let the waiting time of the keys that shall be destroyed pass, and cancel nothing."""
-        kms, clock = self.lab.node.kms, self.lab.clock
-        wanted = {self.ids[u, t, "destroyed"] for u in SPECS for t in TIERS}
-        from service.jobs import scheduler_of
-        from service.kms import Ask
-        from service.requests import uuid7
-
+        """Let the waiting time of the keys that shall be destroyed pass, until the scheduler has destroyed them."""
+        operator, clock = self.lab.client("health-operator"), self.lab.clock
         clock.ahead += 8 * 86_400 * 1_000_000
-        for key_id in sorted(wanted):
-            at = clock()
-            ask = Ask(scheduler_of("health", kms.region, kms.node), uuid7(at), at)
-            await kms.complete_deletion(ask, key_id)
+        for usage, tier in itertools.product(SPECS, TIERS):
+            while await self._state(operator, self.ids[usage, tier, "destroyed"]) != "destroyed":
+                await asyncio.sleep(0.05)
         clock.ahead = 0
+
+    async def read_all(self) -> None:
+        """Have every row checked: a worker asks its HSM about a row that it reads for the first time."""
+        operator = self.lab.client("health-operator")
+        for (_, _, state), key_id in self.ids.items():
+            assert await self._state(operator, key_id) == state
+
+    @staticmethod
+    async def _state(operator: httpx.AsyncClient, key_id: str) -> str:
+        return str((await operator.get(f"/v1/keys/{key_id}")).raise_for_status().json()["state"])
 
 
 def request(keys: Keys, tier: int, state: str, operation: str) -> tuple[str, str, dict[str, Any]]:
@@ -149,6 +155,7 @@ async def test_every_cell_is_decided_as_the_table_says(lab: Lab, pkcs11_calls: A
     keys = Keys(lab)
     await keys.make()
     await keys.destroy_due()
+    await keys.read_all()
     people: list[tuple[str, str, str, str]] = []  # identity, tenant, region, role
     for tenant in ("health", "defence"):
         people += [(f"{tenant}-{region}", tenant, region, "workload") for region in REGIONS]

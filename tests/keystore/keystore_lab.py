@@ -19,28 +19,45 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.keywrap import aes_key_unwrap_with_padding, aes_key_wrap_with_padding
+from cryptography.hazmat.primitives.keywrap import (
+    InvalidUnwrap,
+    aes_key_unwrap_with_padding,
+    aes_key_wrap_with_padding,
+)
 
 from keystore import (
+    EXTERNAL,
     Catalog,
     HsmStatus,
     HsmUnavailable,
+    Import,
+    Imports,
+    InputRefused,
     InvalidCiphertext,
     Key,
     KeySpec,
     Keystore,
     NewKey,
+    Parameters,
     Plan,
     Rotation,
     RowDamaged,
     Sealed,
+    Wrapping,
 )
 from keystore.catalog import tables
-from keystore.hsm import Material, SignScheme, StoredKey, Wrapped
+from keystore.hsm import Material, OaepHash, SignScheme, StoredKey, Wrapped
+from vectors import wrap_import
 
 INSTALLATION = uuid.UUID(int=7)
 ROOT_KEK = uuid.uuid5(INSTALLATION, "skms/root-kek/1")  # as real tokens: one name in every region
-_SIZES = {Material.KDK_512: 64, Material.AES_256: 32, Material.HMAC_256: 32, Material.HMAC_512: 64}
+_SIZES = {
+    Material.KDK_512: 64,
+    Material.KDK_256: 32,
+    Material.AES_256: 32,
+    Material.HMAC_256: 32,
+    Material.HMAC_512: 64,
+}
 _CURVES = {Material.EC_P256: ec.SECP256R1(), Material.EC_P384: ec.SECP384R1()}
 
 
@@ -66,13 +83,16 @@ class TestHsm:
     online: bool = True
     fast: bool = True
     iv: bytes | None = None  # what the token writes as IV; None = random
+    oaep: frozenset[OaepHash] = frozenset(OaepHash)
     lacks: dict[Material, str] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     secrets: list[bytes] = field(default_factory=list)
     hidden: list[bytes] = field(default_factory=list)
     cached: dict[uuid.UUID, bytes] = field(default_factory=dict)
     forgotten: list[uuid.UUID] = field(default_factory=list)
+    checked: set[tuple[bytes, bytes]] = field(default_factory=set)
     next_secret: bytes | None = None
+    pairs: dict[Material, bytes] = field(default_factory=dict)  # transport keys, made once: they take seconds
 
     def __post_init__(self) -> None:
         self.root, self.row_key, self.kek = os.urandom(32), os.urandom(32), ROOT_KEK
@@ -81,6 +101,10 @@ class TestHsm:
     @property
     def name(self) -> str:
         return f"hsm-{self.region}"
+
+    @property
+    def state(self) -> str:
+        return "UP" if self.online else "DOWN"
 
     def _called(self, what: str) -> None:
         if not self.online:
@@ -91,6 +115,9 @@ class TestHsm:
     def missing(self, material: Material) -> str | None:
         return self.lacks.get(material)
 
+    def use_root(self, version: int) -> None:
+        self._called("use_root")
+
     def generate(self, material: Material, object_id: uuid.UUID) -> Wrapped:
         self._called("generate")
         public = b""
@@ -98,7 +125,8 @@ class TestHsm:
             clear = self.next_secret or os.urandom(_SIZES[material])
             self.hidden.append(clear)
         else:
-            private = self._pair(material)
+            known = self.pairs.get(material)
+            private = self._pair(material) if known is None else serialization.load_der_private_key(known, None)
             self.hidden += _private_numbers(private)
             clear = private.private_bytes(
                 serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -114,16 +142,60 @@ class TestHsm:
             return ec.generate_private_key(_CURVES[material])
         if material is Material.ED25519:
             return ed25519.Ed25519PrivateKey.generate()
-        return rsa.generate_private_key(65_537, 3_072 if material is Material.RSA_3072 else 4_096)
+        return rsa.generate_private_key(
+            65_537, 3_072 if material in {Material.RSA_3072, Material.TRANSPORT_RSA_3072} else 4_096
+        )
+
+    def opens(self, oaep: OaepHash) -> bool:
+        return oaep in self.oaep
+
+    def admit_wrapped(
+        self,
+        transport: StoredKey,
+        oaep: OaepHash,
+        wrapped: bytes,
+        material: Material,
+        object_id: uuid.UUID,
+        *,
+        inner: bytes | None,
+        public: bytes,
+    ) -> Wrapped:
+        self._called("admit_wrapped")
+        algorithm = hashes.SHA1() if oaep is OaepHash.SHA_1 else hashes.SHA256()
+        private = serialization.load_der_private_key(self._clear(transport), None)
+        assert isinstance(private, rsa.RSAPrivateKey)
+        try:
+            clear = private.decrypt(wrapped, padding.OAEP(padding.MGF1(algorithm), algorithm, None))
+            clear = clear if inner is None else aes_key_unwrap_with_padding(clear, inner)
+        except (ValueError, InvalidUnwrap):
+            raise InvalidCiphertext from None
+        return self._admitted(material, clear)
+
+    def admit_clear(self, material: Material, clear: bytes, object_id: uuid.UUID, *, public: bytes) -> Wrapped:
+        self._called("admit_clear")
+        return self._admitted(material, clear)
+
+    def _admitted(self, material: Material, clear: bytes) -> Wrapped:
+        if material in _SIZES and len(clear) != _SIZES[material]:
+            raise InputRefused("/wrapped_key", "wrong_length", "")
+        self.hidden.append(clear)
+        return Wrapped(aes_key_wrap_with_padding(self.root, clear), "AES_KEY_WRAP_KWP", self.kek)
 
     def row_mac(self, data: bytes) -> bytes:
         self._called("row_mac")
         return hmac.digest(self.row_key, data, "sha256")
 
+    def check_row(self, binding: bytes, mac: bytes) -> None:
+        if (binding, mac) in self.checked:
+            return
+        self._called("check_row")
+        if not hmac.compare_digest(hmac.digest(self.row_key, binding, "sha256"), mac):
+            raise RowDamaged("row MAC")
+        self.checked.add((binding, mac))
+
     def _clear(self, key: StoredKey) -> bytes:
         if key.object_id not in self.cached:
-            if not hmac.compare_digest(hmac.digest(self.row_key, key.binding, "sha256"), key.mac):
-                raise RowDamaged("row MAC")
+            self.check_row(key.binding, key.mac)
             self._called("unwrap")
             self.cached[key.object_id] = aes_key_unwrap_with_padding(self.root, key.blob)
         return self.cached[key.object_id]
@@ -207,8 +279,13 @@ class Lab:
         self.engines: list[sa.Engine] = []
         self.engine = self._open()
         tables.create_all(self.engine)
-        self.store = self.worker()
         self.catalog = Catalog(self.engine)
+        self.reopen()
+
+    def reopen(self) -> None:
+        """The first worker anew, over the HSMs as they are now."""
+        self.store = self.worker()
+        self.imports = Imports(self.store, self.catalog)
 
     def _draw(self, length: int) -> bytes:
         return self.random(length)  # a test may exchange it later
@@ -250,6 +327,39 @@ class Lab:
 
     def new(self, spec: KeySpec = KeySpec.AES_256, *, alias: str | None = None, **facts: Any) -> Key:
         return self.apply(self.store.plan_create(new_key(spec, **facts), alias=alias))
+
+    def wrapped(
+        self, key: Key, material: bytes, wrapping: str = "RSA_AES_KEY_WRAP_SHA_256", **facts: Any
+    ) -> tuple[Parameters, Import]:
+        """Import parameters of a key, and the import that a customer makes of them."""
+        parameters, plan = self.imports.plan_parameters(key, Wrapping(wrapping), facts.pop("rsa", None))
+        self.apply(plan)
+        info = wrap_import.info(key.tenant, key.id.bytes, str(key.spec), parameters.expires_at // 1_000_000)
+        sent = {
+            "token": parameters.token,
+            "wrapped": wrap_import.wrap(wrapping, parameters.public, material, info=info),
+            "check_value": wrap_import.check_value(material),
+        }
+        if facts.get("public") is not None:
+            sent["check_value"] = wrap_import.public_check_value(facts["public"])
+        return parameters, Import(**{**sent, **facts})
+
+    def import_into(self, key: Key, material: bytes, wrapping: str = "RSA_AES_KEY_WRAP_SHA_256", **facts: Any) -> Key:
+        """Import material into a key."""
+        return self.apply(self.imports.plan_import(key, self.wrapped(key, material, wrapping, **facts)[1]))
+
+    def imported(
+        self,
+        spec: KeySpec = KeySpec.AES_256,
+        material: bytes | None = None,
+        *,
+        expires_at: int | None = None,
+        **facts: Any,
+    ) -> Key:
+        """A new key of imported material."""
+        size = 64 if spec is KeySpec.HMAC_512 or facts.get("suite") == 1 else 32
+        key = self.new(spec, origin=EXTERNAL, **facts)
+        return self.import_into(key, material or os.urandom(size), expires_at=expires_at)
 
     def seal(self, key: Key, data: bytes = b"hello", context: dict[str, str] | None = None) -> Sealed:
         return self.store.seal(key, data, context or {})

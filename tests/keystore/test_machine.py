@@ -164,7 +164,7 @@ class Machine(RuleBasedStateMachine):
         made = self.change(worker, name, lambda s, k: s.plan_schedule_deletion(k, wait_s=days * 86_400), expect)
         if made is not None:
             model.state = "suspended" if model.state == "active" else model.state
-            model.delete_at = made.delete_at  # type: ignore[assignment]
+            model.delete_at = made.delete_at
 
     @rule(name=keys, worker=st.integers(0, 1))
     def cancel(self, name: str, worker: int) -> None:
@@ -250,4 +250,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestKeystoreAgainstItsModel = Machine.TestCase
-TestKeystoreAgainstItsModel.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestKeystoreAgainstItsModel.settings = settings(max_examples=40, stateful_step_count=40)

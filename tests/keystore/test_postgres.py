@@ -1,55 +1,21 @@
-"""The catalog on PostgreSQL: its locks and snapshots are not SQLite's. A throw-away cluster, on a local socket only."""
+"""The catalog on PostgreSQL: its locks and snapshots are not SQLite's."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
-from keystore_lab import Lab, new_key
+from keystore_lab import ROOT_KEK, Lab, new_key
 
-from keystore import AliasInUse, Envelope, Plan, Purpose, Rotation, StaleKey
-from keystore.catalog import tables
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    pytest.importorskip("psycopg", reason="the postgres extra is not installed")
-    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
-        pytest.skip("initdb and pg_ctl are not installed")
-    directory = Path(tempfile.mkdtemp(prefix="skms-pg-", dir="/tmp"))  # short: a socket's path has 107 bytes
-    user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
-    if user is not None:
-        shutil.chown(directory, user)
-
-    def run(*command: str) -> None:
-        subprocess.run(command, check=True, user=user, cwd=directory, capture_output=True)
-
-    try:
-        run("initdb", "-D", f"{directory}/data", "-A", "trust", "-U", "skms")
-        options = f"-c listen_addresses='' -c unix_socket_directories={directory} -c fsync=off"
-        run("pg_ctl", "-D", f"{directory}/data", "-w", "-l", f"{directory}/log", "-o", options, "start")
-        try:
-            yield f"postgresql+psycopg://skms@/postgres?host={directory}"
-        finally:
-            run("pg_ctl", "-D", f"{directory}/data", "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(directory)
+from keystore import AliasInUse, Envelope, HsmUnavailable, Plan, Purpose, Rotation, StaleKey
+from postgres import Cluster
 
 
 @pytest.fixture
-def pg(cluster: str) -> Iterator[Lab]:
-    engine = sa.create_engine(cluster)
-    tables.drop_all(engine)
-    engine.dispose()
-    lab = Lab(cluster)
+def pg(postgres: Cluster) -> Iterator[Lab]:
+    lab = Lab(postgres.fresh("keystore"))
     yield lab
     lab.close()
 
@@ -134,6 +100,27 @@ def test_leases_and_audit_keys_of_racing_workers_are_right(pg: Lab) -> None:
     assert pg.catalog.key(key.id).latest.uses == 200
     assert together(*(lambda s=s: s.tenant_secret("acme") for s in stores)) == {"done": 4}
     assert len({s.tenant_secret("acme") for s in stores}) == 1
+
+
+def test_a_retired_root_kek_wraps_nothing_any_more_however_late_a_worker_is(postgres: Cluster) -> None:
+    """Retirement and writers race: either the row is counted and the root KEK stays, or the row is refused."""
+    for _ in range(6):
+        pg = Lab(postgres.fresh("keystore"))
+        plans = [pg.worker().plan_create(new_key()) for _ in range(3)]
+        left: list[dict[str, int]] = []
+
+        def retire(pg: Lab = pg, left: list[dict[str, int]] = left) -> None:
+            with pg.engine.begin() as c:
+                left.append(pg.catalog.retire_root(c, ROOT_KEK, now=1))
+
+        ended = together(retire, *(lambda p=p, pg=pg: written(pg, p) for p in plans))
+        if left == [{}]:
+            assert ended == {"done": 1, HsmUnavailable.__name__: 3}
+            assert pg.catalog.count_under(ROOT_KEK)["key versions"] == 0
+        else:
+            assert left[0]["key versions"] >= 1
+            assert ended == {"done": 4}
+        pg.close()
 
 
 def test_destroying_erases_on_postgresql_too(pg: Lab) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from keystore_lab import Lab
+from keystore_lab import ROOT_KEK, Lab, new_key
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
 import keystore
 from keystore import (
     Envelope,
+    HsmUnavailable,
+    Imported,
     InputRefused,
     Key,
     KeyNotFound,
@@ -52,6 +54,8 @@ def forged(column: sa.Column[Any], value: Any) -> Any:
         "max_age": None if value else 1,
         "max_uses": None if value else 1,
         "delete_at": 1,
+        "import_path": "software",
+        "import_expires_at": 4_000_000_000_000_000,
         "tenant": "evil",
         "description": "changed",
     }
@@ -71,6 +75,7 @@ def touch(lab: Lab, table: sa.Table, column: str, value: Any, where: str, **name
 def refused_use(lab: Lab, name: str, tenant: str, blob: bytes) -> type[Exception]:
     """What a fresh worker answers; nothing may be unwrapped for it."""
     lab.hsm.cached.clear()
+    lab.hsm.checked.clear()
     lab.hsm.calls.clear()
     store = lab.worker()
     answers: set[type[Exception]] = set()
@@ -130,7 +135,8 @@ def test_every_changed_place_set_is_found(lab: Lab, name: str) -> None:
 
 @pytest.mark.parametrize("column", [c.name for c in VERSION.columns if c.name not in FREE | {"key_id"}])
 def test_every_changed_field_of_a_version_row_is_found_before_an_unwrap(lab: Lab, column: str) -> None:
-    key = lab.new()
+    end = lab.clock.at + 10**12
+    key = lab.imported(expires_at=end) if column.startswith("import") else lab.new()
     blob = lab.seal(key, b"x").ciphertext
     value = lab.sql(f"SELECT {column} FROM keystore_version")[0][0]
     changed = forged(VERSION.c[column], value)
@@ -296,7 +302,7 @@ def with_field(value: Any, name: str, changed: object) -> Any:
 
 def test_every_field_of_key_and_version_is_in_its_encoding(lab: Lab) -> None:
     key = lab.new(KeySpec.EC_P256, tags={"a": "b"})
-    rows = {rowmac.key_row(key)}
+    rows = {rowmac.key_row(key, Material.EC_P256)}
     other: dict[str, Any] = {
         "spec": KeySpec.EC_P384,
         "usage": keystore.KeyUsage.MAC,
@@ -315,12 +321,17 @@ def test_every_field_of_key_and_version_is_in_its_encoding(lab: Lab) -> None:
         changed = other.get(name)
         if changed is None:
             changed = value | {"x"} if isinstance(value, frozenset) else value + (1 if isinstance(value, int) else "x")
-        rows.add(rowmac.key_row(with_field(key, name, changed)))
-    rows.add(rowmac.key_row(dataclasses.replace(key, rotation=Rotation(None, 1))))
-    rows.add(rowmac.key_row(dataclasses.replace(key, versions=(dataclasses.replace(key.latest, mac=b"x"),))))
+        rows.add(rowmac.key_row(with_field(key, name, changed), Material.EC_P256))
+    rows.add(rowmac.key_row(dataclasses.replace(key, rotation=Rotation(None, 1)), Material.EC_P256))
+    rows.add(
+        rowmac.key_row(
+            dataclasses.replace(key, versions=(dataclasses.replace(key.latest, mac=b"x"),)), Material.EC_P256
+        )
+    )
     assert len(rows) == len(fields) + 3
 
     version = key.latest
+    other["imported"] = Imported("hsm", None)
     made = {rowmac.version_row("acme", key.id, Material.EC_P256, key.usage, version)}
     made.add(rowmac.version_row("acmf", key.id, Material.EC_P256, key.usage, version))
     made.add(rowmac.version_row("acme", other["id"], Material.EC_P256, key.usage, version))
@@ -338,10 +349,15 @@ def test_every_field_of_key_and_version_is_in_its_encoding(lab: Lab) -> None:
                 changed = value + 1
             case str():
                 changed = value + "x"
+            case None:
+                changed = other["imported"]
             case _:
                 changed = other["id"]
         made.add(rowmac.version_row("acme", key.id, Material.EC_P256, key.usage, with_field(version, name, changed)))
-    assert len(made) == len(bound) + 5
+    for imported in (Imported("software", None), Imported("hsm", 1)):
+        changed = with_field(version, "imported", imported)
+        made.add(rowmac.version_row("acme", key.id, Material.EC_P256, key.usage, changed))
+    assert len(made) == len(bound) + 7
 
 
 def test_where_a_field_ends_is_in_the_encoding(lab: Lab) -> None:
@@ -360,7 +376,9 @@ def test_where_a_field_ends_is_in_the_encoding(lab: Lab) -> None:
         ({"rotation": Rotation(1, None)}, {"rotation": Rotation(None, 1)}),
     ]
     for one, two in pairs:
-        assert rowmac.key_row(dataclasses.replace(key, **one)) != rowmac.key_row(dataclasses.replace(key, **two))
+        assert rowmac.key_row(dataclasses.replace(key, **one), Material.EC_P256) != rowmac.key_row(
+            dataclasses.replace(key, **two), Material.EC_P256
+        )
 
 
 # ---- what the database holds -----------------------------------------------------------------------------------------
@@ -400,7 +418,7 @@ def test_L_08_keys_are_wrapped_in_the_database_after_every_kind_of_change(lab: L
             lambda k: store.plan_schedule_deletion(k, wait_s=7 * 86_400),
         ]
         for plan in plans:
-            key = lab.apply(plan(key))  # noqa: PLW2901
+            key = lab.apply(plan(key))  # noqa: PLW2901 - the same key, one change further
             clean()
         lab.clock.days(8)
         lab.apply(store.plan_destroy(key))
@@ -413,15 +431,15 @@ def test_L_08_keys_are_wrapped_in_the_database_after_every_kind_of_change(lab: L
 def test_L_07_keys_show_no_material(lab: Lab) -> None:
     key = lab.new()
     shown = repr(key) + repr(lab.store.tenant_secret) + repr(lab.store)
-    for hidden in (key.latest.blob, key.latest.mac, key.mac, *lab.hsm.secrets):
+    for hidden in (key.latest.blob, key.mac, *lab.hsm.secrets):
         assert hidden.hex() not in shown
         assert repr(hidden)[2:-1] not in shown
 
 
 def test_the_tables_exist_on_postgresql_too() -> None:
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    dialect = postgresql.dialect()
     made = [str(CreateTable(t).compile(dialect=dialect)) for t in tables.sorted_tables]
-    assert len(made) == 5
+    assert all(text.strip().startswith("CREATE TABLE keystore_") for text in made)
     assert all(t.name.startswith("keystore_") for t in tables.sorted_tables)
 
 
@@ -445,3 +463,90 @@ def test_the_exported_names_are_complete_and_sorted_as_they_stand() -> None:
             if isinstance(e, type) and issubclass(e, Exception) and "keystore" in e.__module__
         }
         assert raised <= set(keystore.__all__), module
+
+
+def stored_in_format_1(lab: Lab, key: Key) -> None:
+    """Store a key's rows as the first release did: a MAC on each version, and the key's MAC over those."""
+    material = Material.KDK_512
+    versions = tuple(
+        dataclasses.replace(v, mac=lab.hsm.row_mac(rowmac.version_row(key.tenant, key.id, material, key.usage, v)))
+        for v in key.versions
+    )
+    old = dataclasses.replace(key, versions=versions)
+    for v in versions:
+        lab.sql(
+            "UPDATE keystore_version SET mac = :m WHERE key_id = :k AND number = :n", m=v.mac, k=str(key.id), n=v.number
+        )
+    mac = lab.hsm.row_mac(rowmac.key_row(old, material))
+    lab.sql("UPDATE keystore_key SET mac = :m WHERE key_id = :k", m=mac, k=str(key.id))
+    assert mac != key.mac
+
+
+def test_a_retired_root_kek_wraps_no_version_no_secret_and_no_import(lab: Lab) -> None:
+    key = lab.new()
+    late = {"create": lab.store.plan_create(new_key()), "rotate": lab.store.plan_rotate(key)}
+    lab.sql("DELETE FROM keystore_version")
+    with lab.engine.begin() as c:
+        assert lab.catalog.retire_root(c, ROOT_KEK, now=1) == {}
+        assert lab.catalog.retire_root(c, ROOT_KEK, now=2) == {}
+    for plan in late.values():
+        with pytest.raises(HsmUnavailable, match="retired"), lab.engine.begin() as c:
+            plan.write(c)
+    with pytest.raises(HsmUnavailable, match="retired"):
+        lab.store.tenant_secret("acme")
+    assert lab.catalog.count_under(ROOT_KEK) == {"key versions": 0, "tenants' audit keys": 0, "open import tokens": 0}
+
+
+def test_rows_of_the_first_format_are_read_and_become_the_second_with_their_next_change(lab: Lab) -> None:
+    key = lab.apply(lab.store.plan_rotate(lab.new()))
+    blob = lab.store.seal(key, b"x", {}, version=1).ciphertext
+    stored_in_format_1(lab, key)
+    lab.store = lab.worker()
+    old = lab.store.find("acme", str(key.id))
+    assert all(v.mac for v in old.versions)
+    assert refused_use_is_none(lab, old, blob)
+    new = lab.apply(lab.store.plan_rotate(old))
+    again = lab.worker().find("acme", str(key.id))
+    assert again == new
+    assert not any(v.mac for v in again.versions)
+    assert refused_use_is_none(lab, again, blob)
+
+
+@pytest.mark.parametrize("column", ["blob", "state", "kek", "public", "mac"])
+def test_a_changed_version_of_the_first_format_is_found_and_never_written_again_as_genuine(
+    lab: Lab, column: str
+) -> None:
+    key = lab.apply(lab.store.plan_rotate(lab.new()))
+    blob = lab.store.seal(key, b"x", {}, version=1).ciphertext
+    stored_in_format_1(lab, key)
+    value = lab.sql(f"SELECT {column} FROM keystore_version WHERE key_id = :k AND number = 1", k=str(key.id))[0][0]
+    touch(lab, VERSION, column, forged(VERSION.c[column], value), "key_id = :k AND number = 1", k=str(key.id))
+    assert refused_use(lab, str(key.id), "acme", blob) in {RowDamaged, VersionFenced}
+    fresh = lab.worker()
+    with pytest.raises(RowDamaged):
+        fresh.plan_rotate(fresh.find("acme", str(key.id)))
+
+
+def test_a_version_without_its_mac_beside_one_with_it_is_damaged(lab: Lab) -> None:
+    key = lab.apply(lab.store.plan_rotate(lab.new()))
+    stored_in_format_1(lab, key)
+    lab.sql("UPDATE keystore_version SET mac = x'' WHERE key_id = :k AND number = 1", k=str(key.id))
+    fresh = lab.worker()
+    with pytest.raises(RowDamaged):
+        fresh.seal(fresh.find("acme", str(key.id)), b"x", {})
+    lab.sql("UPDATE keystore_version SET mac = x'' WHERE key_id = :k", k=str(key.id))
+    fresh = lab.worker()
+    with pytest.raises(RowDamaged):  # stripped of all MACs it claims to be of format 2, whose MAC is another
+        fresh.seal(fresh.find("acme", str(key.id)), b"x", {})
+
+
+def test_a_cold_key_costs_one_mac_and_one_unwrap_before_its_operation(lab: Lab) -> None:
+    key = lab.new()
+    for _ in range(3):
+        key = lab.apply(lab.store.plan_rotate(key))
+    lab.hsm.cached.clear()
+    lab.hsm.checked.clear()
+    lab.hsm.calls.clear()
+    cold = lab.worker()
+    cold.seal(cold.find("acme", str(key.id)), b"x", {})
+    assert lab.hsm.calls == {"check_row": 1, "unwrap": 1, "hmac": 1}

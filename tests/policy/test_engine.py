@@ -68,6 +68,7 @@ def ask(who: Caller, action: str, resource: Any = KEY, **facts: Any) -> Request:
 USE = ["encrypt", "sign", "mac", "generateDataKey", "encapsulate", "decrypt", "unwrap", "verify", "verifyMac", "rewrap"]
 LIFE = [
     "rotate",
+    "importKey",
     "enable",
     "suspend",
     "revoke",
@@ -85,7 +86,7 @@ MAY: dict[str, set[str]] = {
     "officer": {"suspend", "revoke", "revokeVersion", "grant", *READ},
     "custodian": {*READ},
     "auditor": {*READ},
-    "scheduler": {"rotate", "completeDeletion"},
+    "scheduler": {"rotate", "completeDeletion", "suspend"},
     "platform": set(),
 }
 
@@ -205,7 +206,7 @@ TEXT = st.text(max_size=12)
 PLACES = st.frozensets(st.sampled_from(["eu-de-1", "eu-fr-1", "us-mkt-1", "nowhere", ""]), max_size=3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     action=st.sampled_from(["encrypt", "decrypt", "rotate", "export", "", "use", "Action"]) | TEXT,
     role=TEXT,

@@ -20,6 +20,14 @@ from service.protocols.openapi import document
 B64 = base64.b64encode(b"hello").decode()
 
 
+OPERATION = "00000000-0000-4000-8000-000000000000"
+AUDITED: dict[str, Any] = {"size": 1, "chain": "n-0", "seq": 0, "tenant": "health", "level": 0, "tile": "000.p/1"} | {
+    "decision": OPERATION,
+    "freeze": OPERATION,
+    "approval": OPERATION,
+}
+
+
 def fresh() -> dict[str, str]:
     return {"Idempotency-Key": uuid.uuid4().hex}
 
@@ -31,6 +39,14 @@ def body_of(path: str, method: str, key: str, ciphertext: str, wrapped: str) -> 
         return None
     if path == "/v1/keys":
         return {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}
+    if path == "/v1/drills":
+        return {"kind": "exit", "from": "softhsm-eu-de-1", "to": "softhsm-eu-de-2"}
+    if path == "/v1/policy/simulate":
+        return {"files": {"charter.yaml": ""}, "from": "2026-01-01T00:00:00Z", "to": "2026-01-01T00:00:00Z"}
+    if path == "/v1/freezes/drill":
+        return {"key": key}
+    if path == "/v1/freezes":
+        return {"scope": {"kind": "key", "value": key}, "reason": {"code": "incident"}}
     if path == "/v1/tokens":
         return {"scopes": ["listKeys"]}
     if path.startswith("/v1/batch/"):
@@ -52,6 +68,13 @@ def body_of(path: str, method: str, key: str, ciphertext: str, wrapped: str) -> 
         "verify-mac": {"message": B64, "algorithm": "HMAC_SHA_256", "mac": B64},
         "random": {"bytes": 16},
         "schedule-deletion": {"wait": "P30D"},
+        "signatures": {"approver": "nobody", "signature": "0" * 128},
+        "import-parameters": {"wrapping": "RSAES_OAEP_SHA_1"},
+        "import": {
+            "import_token": "skms_import_" + "A" * 64,
+            "wrapped_key": B64,
+            "key_check_value": "0" * 16,
+        },
         "{key}": {"description": "x"},
         "{name}": {"key": key},
     }.get(last)
@@ -76,7 +99,7 @@ class Things:
         for route in ROUTES:
             if route.public:
                 continue
-            path = route.path.format(key=key, version=1, name="nothing", id="abcdefgh")
+            path = route.path.format(key=key, version=1, name="nothing", id="abcdefgh", operation=OPERATION, **AUDITED)
             found.append((route.method, path, body_of(route.path, route.method, key, self.ciphertext, self.wrapped)))
         return found
 
@@ -84,6 +107,12 @@ class Things:
 async def send(lab: Lab, name: str, method: str, path: str, body: Any) -> Any:
     headers = {**fresh(), "If-Match": '"1"'}
     return await lab.client(name).request(method, path, json=body, headers=headers)
+
+
+def shown(answer: Any) -> Any:
+    """The JSON of an answer; nothing where it is a note, a tile or a bundle."""
+    media = answer.headers["content-type"].split(";")[0]
+    return answer.json() if media == "application/json" or media.endswith("+json") else {}
 
 
 @pytest.mark.anyio
@@ -134,7 +163,7 @@ async def test_A_02_A_13_rotating_or_changing_anothers_key_is_404_and_changes_no
 async def test_A_03_no_request_can_name_the_key_it_creates_or_take_over_anothers_name(lab: Lab) -> None:
     key = await new_key(lab, "AES_256", alias="takeover")
     body = {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}
-    for extra in ({"id": key}, {"tenant": "health"}, {"origin": "external"}, {"key_material": B64}):
+    for extra in ({"id": key}, {"tenant": "health"}, {"origin": "hsm2"}, {"key_material": B64}, {"versions": []}):
         answer = await lab.client("defence-operator").post("/v1/keys", json={**body, **extra}, headers=fresh())
         assert answer.status_code == 422
     mine = await lab.client("defence-operator").post("/v1/keys", json={**body, "alias": "takeover"}, headers=fresh())
@@ -200,11 +229,13 @@ async def test_A_12_only_named_fields_reach_the_policy(lab: Lab) -> None:
 @pytest.mark.anyio
 async def test_A_22_nothing_succeeds_after_a_disable_was_answered(lab: Lab) -> None:
     for _ in range(5):
-        await disable_under_load(lab, await new_key(lab, "AES_256"))
+        late, outcomes = await disable_under_load(lab, await new_key(lab, "AES_256"))
+        assert not late, late[:3]
+        assert outcomes - {503} == {200, 409}
 
 
-async def disable_under_load(lab: Lab, key: str) -> None:
-    """200 users of a key that is disabled meanwhile: once that is answered, none of them succeeds."""
+async def disable_under_load(lab: Lab, key: str) -> tuple[list[str], set[int]]:
+    """Disable a key under 200 users of it; who succeeded after that was answered, and every status they got."""
     operator, client = lab.client("health-operator"), lab.client("health-eu-de-1")
     stopped = asyncio.Event()
     late: list[str] = []
@@ -219,13 +250,19 @@ async def disable_under_load(lab: Lab, key: str) -> None:
 
     async def stop() -> None:
         await asyncio.sleep(0.02)
-        answer = await operator.post(f"/v1/keys/{key}/disable")
-        assert answer.status_code == 200
+        wanted = {200}
+        for _ in range(50):
+            answer = await operator.post(f"/v1/keys/{key}/disable")
+            if answer.status_code in wanted:
+                break
+            assert answer.status_code == 503, answer.text
+            if answer.json()["executed"]:  # a busy machine's audit log was late: it may have taken effect
+                wanted = {200, 409}
+        assert answer.status_code in wanted, answer.text
         stopped.set()
 
     await asyncio.gather(stop(), *(use(n) for n in range(200)))
-    assert not late, late[:3]
-    assert outcomes == {200, 409}
+    return late, outcomes
 
 
 @pytest.mark.anyio
@@ -279,6 +316,7 @@ GRANTS = {
     "createKey": {("POST", "/v1/keys")},
     "createToken": {("POST", "/v1/tokens"), ("GET", "/v1/tokens"), ("DELETE", "/v1/tokens/{id}")},
     "rotate": {("POST", "/v1/keys/{key}/rotate")},
+    "importKey": {("POST", "/v1/keys/{key}/import-parameters"), ("POST", "/v1/keys/{key}/import")},
     "suspend": {("POST", "/v1/keys/{key}/disable")},
     "enable": {("POST", "/v1/keys/{key}/enable")},
     "revoke": {("POST", "/v1/keys/{key}/mark-compromised")},
@@ -287,9 +325,19 @@ GRANTS = {
     "cancelDeletion": {("POST", "/v1/keys/{key}/cancel-deletion")},
     "updateKey": {("PATCH", "/v1/keys/{key}")},
     "setAlias": {("PUT", "/v1/aliases/{name}")},
-    "readAudit": {("GET", "/v1/audit/records"), ("GET", "/v1/audit/status")},
+    "explainDecision": {("GET", "/v1/policy/decisions/{decision}"), ("POST", "/v1/policy/simulate")},
+    "readAudit": {
+        *{("GET", f"/v1/audit/{what}") for what in ("records", "status", "checkpoint", "checkpoint/{size}")},
+        *{("GET", f"/v1/audit/{what}") for what in ("tenants/{tenant}/bundle", "tile/{level}/{tile}")},
+        ("GET", "/v1/audit/tile/entries/{tile}"),
+    },
 }
-ON_TENANT = {"random", "listKeys", "createKey", "createToken", "readAudit"}
+ON_TENANT = {"random", "listKeys", "createKey", "createToken", "readAudit", "explainDecision"}
+UNTRIED = {
+    ("DELETE", "/v1/tokens/{id}"),
+    ("POST", "/v1/keys/{key}/cancel-deletion"),
+    ("GET", "/v1/policy/decisions/{decision}"),  # tests/service/test_explain.py has decisions to ask for
+}
 OPEN = {"/v1/whoami", "/v1/tenants", "/v1/regions", "/v1/policy", "/v1/hsms"}  # what every credential may know
 
 
@@ -312,11 +360,13 @@ async def test_A_01_each_permission_opens_its_own_routes_and_no_other(lab: Lab, 
             for route in ROUTES:
                 if route.public or route.path in OPEN or route.method == "DELETE":
                     continue
-                path = route.path.format(key=things.key, version=1, name="nothing", id="abcdefgh")
+                path = route.path.format(
+                    key=things.key, version=1, name="nothing", id="abcdefgh", operation=OPERATION, **AUDITED
+                )
                 body = body_of(route.path, route.method, things.key, things.ciphertext, things.wrapped)
                 for name in ("health-eu-de-1", "health-operator"):
                     query = "" if route.method == "GET" else "?dry_run=true"
-                    answer = (await send(lab, name, route.method, path + query, body)).json()
+                    answer = shown(await send(lab, name, route.method, path + query, body))
                     if "results" in answer:
                         result = answer["results"][0]
                         answer = result.get("problem") or result.get("result")
@@ -334,13 +384,15 @@ async def test_A_01_the_permission_itself_does_open_its_route(lab: Lab) -> None:
     things = await Things(lab).make()
     closed = []
     for action, granted in GRANTS.items():
-        for method, template in granted - {("DELETE", "/v1/tokens/{id}"), ("POST", "/v1/keys/{key}/cancel-deletion")}:
-            path = template.format(key=things.key, version=1, name="fresh", id="abcdefgh")
+        for method, template in granted - UNTRIED:
+            path = template.format(
+                key=things.key, version=1, name="fresh", id="abcdefgh", operation=OPERATION, **AUDITED
+            )
             body = body_of(template, method, things.key, things.ciphertext, things.wrapped)
             opened = False
             for name in ("health-eu-de-1", "health-operator", "health-officer", "health-auditor"):
                 query = "" if method == "GET" else "?dry_run=true"
-                answer = (await send(lab, name, method, path + query, body)).json()
+                answer = shown(await send(lab, name, method, path + query, body))
                 if "results" in answer:
                     answer = answer["results"][0].get("problem") or answer["results"][0].get("result")
                 opened |= answer.get("would") == "allow" or answer.get("code") == "etag_mismatch" or "items" in answer

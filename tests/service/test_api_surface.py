@@ -13,6 +13,12 @@ from harness import Lab, new_key
 from service.protocols.native import ROUTES
 
 MARK = "TOPSECRET-6f0e"
+OPERATION = "00000000-0000-4000-8000-000000000000"
+AUDITED: dict[str, Any] = (
+    {"size": 1, "chain": "n-0", "seq": 0, "tenant": "health", "level": 0, "tile": "000.p/1"}
+    | {"decision": OPERATION, "freeze": OPERATION, "approval": OPERATION}
+    | {"origin": "0" * 64}
+)
 B64 = base64.b64encode(b"hello").decode()
 JSON = {"content-type": "application/json"}
 
@@ -127,11 +133,14 @@ async def test_W_05_a_body_over_the_limit_is_refused_with_and_without_a_length(l
     [
         *("/v1/keys/", "//v1/keys", "/v1//keys", "/V1/keys", "/v1/Keys", "/v1/keys/..", "/v1/%6beys", "/v1/keys%2f"),
         *("/v1/keys/%2e%2e/tenants", "/v1/keys/x%00", "/v1/keys.", "/livez/", "/livez%2f..%2fv1%2fkeys"),
+        *("/%0a", "/v1/keys%0a", "/v1/policy/decisions/%14%0a%c3%bd"),  # a path goes on after a newline
     ],
 )
 async def test_W_09_other_spellings_of_a_path_are_no_route(lab: Lab, path: str) -> None:
     answer = await lab.client("health-operator").get(f"https://127.0.0.1{path}")
     assert answer.status_code == 404, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert "audit-receipt" in answer.headers
     anonymous = await lab.client(None).get(f"https://127.0.0.1{path}")
     assert anonymous.status_code == 401
 
@@ -236,8 +245,11 @@ async def test_L_03_an_internal_error_is_constant_and_has_its_place_in_the_log(
 ) -> None:
     key = await new_key(lab, "AES_256")
     database.forge_key_row(key)
+    alarms = lab.node.kms.damaged_rows
     answer = await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
     assert answer.status_code == 500
+    assert lab.node.kms.damaged_rows == alarms + 1
+    assert any((r.name, r.levelname) == ("skms.alarm", "CRITICAL") for r in caplog.records)
     body = answer.json()
     assert {k: body[k] for k in ("code", "title", "executed")} == {
         "code": "internal",
@@ -261,11 +273,17 @@ async def test_L_05_metrics_carry_no_tenant_key_or_caller(lab: Lab) -> None:
 @pytest.mark.anyio
 async def test_A_05_every_route_without_credentials_answers_401_and_is_audited(lab: Lab) -> None:
     public = {r.path for r in ROUTES if r.public}
-    assert public == {"/livez", "/readyz", "/openapi.json"}
+    witness = {"/witness/add-checkpoint", "/witness/{origin}/checkpoint"}  # not configured here
+    assert public == {"/livez", "/readyz", "/openapi.json", "/witness/{origin}/checkpoint"}
+    assert {r.path for r in ROUTES if r.anonymous} == {"/witness/add-checkpoint"}
     client = lab.client(None)
     for route in ROUTES:
-        path = route.path.format(key="alias/x", version=1, name="x", id="abcdefgh")
+        path = route.path.format(key="alias/x", version=1, name="x", id="abcdefgh", operation=OPERATION, **AUDITED)
         answer = await client.request(route.method, path)
+        if route.path in witness:
+            assert answer.status_code == 404
+            assert ("audit-receipt" in answer.headers) == route.anonymous
+            continue
         if route.path in public:
             assert answer.status_code in {200, 503}
             continue

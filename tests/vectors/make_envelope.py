@@ -12,12 +12,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 KEY_ID = "00112233-4455-6677-8899-aabbccddeeff"
 PURPOSES = {"encrypt": 1, "datakey": 2, "wrap": 3, "backup": 4}
 WHERE = {"tenant": "acme", "region": "eu-de-1", "key_id": KEY_ID, "version": 7}
-KEYS = {1: bytes(range(64)), 2: bytes(range(32)), 4: bytes(range(64))}
+KEYS = {1: bytes(range(64)), 2: bytes(range(32)), 4: bytes(range(64)), 5: bytes(range(32)), 6: bytes(range(32))}
 SALT, IV = bytes(range(0x80, 0xA0)), bytes(range(0xA0, 0xAC))
 
 
@@ -44,7 +46,25 @@ def prf(key: bytes, label: str, data: bytes) -> bytes:
     return hmac.new(key, b"\x00\x00\x00\x01" + label.encode() + b"\x00" + data + b"\x00\x00\x02\x00", "sha512").digest()
 
 
+def imported_prf(key: bytes, label: str, data: bytes) -> bytes:
+    """As `prf` for an imported key of 32 bytes: HMAC-SHA-256, 256 bits."""
+    assert len(key) == 32
+    return hmac.new(key, b"\x00\x00\x00\x01" + label.encode() + b"\x00" + data + b"\x00\x00\x01\x00", "sha256").digest()
+
+
+def imported_keys(key: bytes, salt: bytes, index: bytes, aad: bytes) -> tuple[bytes, bytes]:
+    digest = hashlib.sha256(aad).digest()
+    if not index:
+        secret, info = imported_prf(key, "skms/v1/enc", salt + digest), b"skms/v1/enc-keys\x00"
+    else:
+        secret, info = imported_prf(key, "skms/v1/batch", salt), b"skms/v1/item\x00" + index + digest
+    out = HKDFExpand(hashes.SHA512(), 64, info).derive(secret)
+    return out[:32], out[32:]
+
+
 def message_keys(key: bytes, salt: bytes, index: bytes, aad: bytes) -> tuple[bytes, bytes]:
+    if len(key) == 32:
+        return imported_keys(key, salt, index, aad)
     digest = hashlib.sha256(aad).digest()
     if not index:
         out = prf(key, "skms/v1/enc", salt + digest)
@@ -91,7 +111,7 @@ def open_envelope(blob: bytes, key: bytes, context: dict[str, str], *, tenant: s
         data = AESGCM(key).decrypt(rest[:12], rest[12:], hashlib.sha256(aad).digest())
         assert data[:32] == bytes(32)
         return data[32:]
-    cut = 36 if suite == 4 else 32
+    cut = 36 if suite in (4, 6) else 32
     message_key, commitment = message_keys(key, rest[:32], rest[32:cut], aad)
     assert commitment == rest[cut + 12 : cut + 44]
     return AESGCM(message_key).decrypt(rest[cut : cut + 12], rest[cut + 44 :], aad)
@@ -103,8 +123,8 @@ CASES: list[tuple[str, int, str, bytes, dict[str, str], int | None]] = [
     ("published-batch", 4, "encrypt", b"hello", ROW, 3),
     ("strict", 2, "encrypt", b"hello", ROW, None),
     *(
-        (f"{name}-{suite:04x}", suite, purpose, data, context, 0 if suite == 4 else None)
-        for suite in (1, 2, 4)
+        (f"{name}-{suite:04x}", suite, purpose, data, context, 0 if suite in (4, 6) else None)
+        for suite in (1, 2, 4, 5, 6)
         for name, purpose, data, context in (
             ("empty-plaintext", "encrypt", b"", ROW),
             ("empty-context", "encrypt", b"hello", {}),
@@ -115,6 +135,8 @@ CASES: list[tuple[str, int, str, bytes, dict[str, str], int | None]] = [
         )
     ),
     ("last-of-batch", 4, "encrypt", b"hello", ROW, 499),
+    ("imported", 5, "encrypt", b"hello", ROW, None),
+    ("imported-batch", 6, "encrypt", b"hello", ROW, 3),
 ]
 
 

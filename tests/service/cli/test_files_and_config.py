@@ -83,10 +83,12 @@ def test_the_example_configuration_shows_every_option_and_loads() -> None:
         config.listen,
         config.database,
         config.hsm[0],
+        config.hsm_group[0],
         config.policy,
         config.trust[0],
         config.oidc[0],
         config.audit,
+        config.audit.sink[0],
         config.limits,
         config.log,
     ):
@@ -103,6 +105,7 @@ def test_the_example_configuration_shows_every_option_and_loads() -> None:
         (('region = "eu-de-1"', 'region = "EU"'), True, "region"),
         (("port = 8443", "port = "), True, "TOML"),
         (('level = "info"', 'level = "loud"'), True, "level"),
+        (("retention_days = 400", "retention_days = -1"), True, "retention_days"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_line(
@@ -118,6 +121,55 @@ def test_a_wrong_option_is_named_with_its_line(
     assert (caught.value.line > 0) is line
     wrong = path.read_text().splitlines()[caught.value.line - 1]
     assert change[1] in wrong or reason == "TOML"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("https://siem.gov.example/skms", "http://siem.gov.example/skms"), "expected https://"),
+        (("https://siem.gov.example/skms", "https://:443/skms"), "expected https://"),
+        (("https://siem.gov.example/skms", "https://user:pass@siem.gov.example/"), "use token_file"),
+        (("https://siem.gov.example/skms", "https://siem.gov.example:99999/"), "url: "),
+        (('kind = "https-json" ', 'kind = "syslog" '), "expected tls://HOST[:PORT] or tcp://"),
+        (('kind = "https-json" ', 'kind = "stdout" '), "stdout"),
+        (("https://siem.gov.example/skms", "udp://siem.gov.example"), "UDP loses messages"),
+        (('private_key = "/etc/skms/siem-client.key"', ""), "come together"),
+        (('kind = "https-json"', 'kind = "syslog"\nurl = "tls://siem.gov.example"\n#'), "carries no token"),
+        (("kinds = []", 'kinds = ["ops"]'), "no record is of kind 'ops'"),
+        (
+            ("[limits]", '[[audit.sink]]\nname = "siem"\nkind = "otlp"\nurl = "https://b"\n[limits]'),
+            "two have this name",
+        ),
+    ],
+)
+def test_a_sink_that_would_lose_records_or_hold_a_secret_is_refused(
+    tmp_path: Path, change: tuple[str, str], reason: str
+) -> None:
+    text = (ROOT / "deploy" / "skms.example.toml").read_text()
+    assert change[0] in text
+    path = tmp_path / "skms.toml"
+    text = text.replace(*change, 1)
+    if "tls://" in change[1]:
+        text = text.replace('url = "https://siem', '# url = "https://siem', 1)
+    path.write_text(text)
+    with pytest.raises(ConfigInvalid) as caught:
+        load(path, environment={})
+    assert reason in str(caught.value)
+
+
+def test_a_collector_on_this_machine_may_be_asked_without_tls(tmp_path: Path) -> None:
+    text = (ROOT / "deploy" / "skms.example.toml").read_text()
+    path = tmp_path / "skms.toml"
+    path.write_text(text.replace("https://siem.gov.example/skms", "http://127.0.0.1:4318/v1/logs"))
+    assert load(path, environment={}).audit.sink[0].url == "http://127.0.0.1:4318/v1/logs"
+
+
+def test_a_tenant_cannot_ask_for_a_shorter_retention_than_all_have(tmp_path: Path) -> None:
+    text = (ROOT / "deploy" / "skms.example.toml").read_text()
+    path = tmp_path / "skms.toml"
+    path.write_text(text.replace("bank = 3650", "bank = 30"))
+    with pytest.raises(ConfigInvalid, match="every record stays for retention_days = 400"):
+        load(path, environment={})
 
 
 def test_environment_overrides_an_option() -> None:

@@ -193,7 +193,7 @@ def test_L_07_nothing_secret_is_shown_or_pickled(issued: Tokens) -> None:
 
     for value in (
         Wrapped(b"SECRETBLOB", "m", uuid.uuid4()),
-        Plaintext(None, 1, b"SECRETBLOB"),  # type: ignore[arg-type]
-        DataKey(None, 1, b"", b"SECRETBLOB"),  # type: ignore[arg-type]
+        Plaintext(None, 1, b"SECRETBLOB"),
+        DataKey(None, 1, b"", b"SECRETBLOB"),
     ):
         assert "SECRETBLOB" not in repr(value)

@@ -1,0 +1,165 @@
+"""Approvals: signatures of officers over the digest of one exact request, by keys that are on no node.
+
+Each officer holds an Ed25519 key; the configuration names the public halves. What is approved is a digest, so an approval
+counts for that request alone; how long it counts is said by the request. A request that the service itself executes is an
+`Asked`; that of `skms audit recover` is made and executed by a command, and approved in the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+_FIELDS: Final = {"approver", "digest", "kind", "signature"}
+_ASKED: Final = b"skms/approval/v1\0"
+
+
+class ApprovalRefused(Exception):
+    """An approval, a key or the number of approvals does not do; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Approver:
+    """An officer who may approve."""
+
+    name: str
+    key: Ed25519PublicKey
+    identities: tuple[str, ...] = ()  # as which the service knows the same person: whoever asks does not approve
+    tenants: tuple[str, ...] = ()  # whose requests; empty: everybody's
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Exactly what the service shall execute once, and until when (us). `tenant` None: it concerns the installation."""
+
+    id: str
+    installation: str
+    kind: str
+    tenant: str | None
+    parameters: Mapping[str, object]
+    requester: str
+    created: int
+    expires: int
+
+    def to_json(self) -> str:
+        """Its canonical text."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def of(cls, text: str) -> Asked:
+        """The request that a text spells; ApprovalRefused if it is none."""
+        try:
+            asked = cls(**json.loads(text))
+            numbers = type(asked.created) is type(asked.expires) is int
+            texts = all(type(t) is str for t in (asked.id, asked.installation, asked.kind, asked.requester))
+            if not (numbers and texts and type(asked.parameters) is dict and type(asked.tenant) in {str, type(None)}):
+                raise ValueError
+        except (ValueError, TypeError, RecursionError):
+            raise ApprovalRefused("not a request that can be approved") from None
+        return asked
+
+    def digest(self) -> str:
+        """What approvers sign: hex SHA-256 over all of it."""
+        return hashlib.sha256(_ASKED + self.to_json().encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """An officer's signature over the digest (hex) of a request of some kind."""
+
+    approver: str
+    kind: str
+    digest: str
+    signature: bytes
+
+    def to_json(self) -> str:
+        """As it is handed over."""
+        plain = {"approver": self.approver, "digest": self.digest, "kind": self.kind, "signature": self.signature.hex()}
+        return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+
+def statement(kind: str, digest: str) -> bytes:
+    """What an officer signs."""
+    return f"skms-approval/v1\n{kind}\n{digest}\n".encode()
+
+
+def approve(kind: str, digest: str, *, name: str, key_file: Path, password: bytes | None = None) -> Approval:
+    """Sign with an officer's private key (PEM); ApprovalRefused if the file holds no Ed25519 key."""
+    try:
+        key = load_pem_private_key(key_file.read_bytes(), password)
+    except OSError as error:
+        raise ApprovalRefused(f"key {key_file}: {error.strerror}") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ApprovalRefused(f"key {key_file}: not a private key in PEM, or not with this password") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ApprovalRefused(f"key {key_file}: approvals are made with Ed25519")
+    return Approval(name, kind, digest, key.sign(statement(kind, digest)))
+
+
+def load_approval(path: Path) -> Approval:
+    """The approval in a file; ApprovalRefused if it holds none."""
+    try:
+        plain = json.loads(path.read_text())
+        if not isinstance(plain, dict) or set(plain) != _FIELDS or not all(type(v) is str for v in plain.values()):
+            raise ValueError
+        signature = bytes.fromhex(plain["signature"])
+    except OSError as error:
+        raise ApprovalRefused(f"approval {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ApprovalRefused(f"approval {path}: not an approval of `skms audit approve`") from None
+    return Approval(plain["approver"], plain["kind"], plain["digest"], signature)
+
+
+def load_approver(
+    name: str, path: Path, *, identities: tuple[str, ...] = (), tenants: tuple[str, ...] = ()
+) -> Approver:
+    """An officer by the public key (PEM) that the configuration names; ApprovalRefused if it is not Ed25519."""
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except OSError as error:
+        raise ApprovalRefused(f"approver {name}, key {path}: {error.strerror}") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ApprovalRefused(f"approver {name}, key {path}: not a public key in PEM") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ApprovalRefused(f"approver {name}, key {path}: approvals are made with Ed25519")
+    return Approver(name, key, identities, tenants)
+
+
+def check(approval: Approval, approvers: Sequence[Approver], *, kind: str, digest: str) -> Approver:
+    """Who gave an approval of this request; ApprovalRefused if nobody who may, or not of this request."""
+    known = next((a for a in approvers if a.name == approval.approver), None)
+    if known is None:
+        raise ApprovalRefused(f"{approval.approver!r} is no approver of this installation: see [[approvals.approver]]")
+    if (approval.kind, approval.digest) != (kind, digest):
+        raise ApprovalRefused(f"the approval of {approval.approver} is of another request ({approval.digest[:16]}…)")
+    try:
+        known.key.verify(approval.signature, statement(kind, digest))
+    except InvalidSignature:
+        raise ApprovalRefused(f"the signature of {approval.approver} is false") from None
+    return known
+
+
+def quorum(
+    given: Sequence[Approval], approvers: Sequence[Approver], *, kind: str, digest: str, needed: int
+) -> tuple[Approval, ...]:
+    """The approvals, if each is right and enough different officers gave them; ApprovalRefused otherwise.
+
+    One key under two names is one officer.
+    """
+    officers: dict[bytes, str] = {}
+    for approval in given:
+        key = check(approval, approvers, kind=kind, digest=digest).key
+        other = officers.setdefault(key.public_bytes_raw(), approval.approver)
+        if sum(a.approver == approval.approver for a in given) > 1 or other != approval.approver:
+            raise ApprovalRefused(f"{other} and {approval.approver} are one officer: each counts once")
+    if len(officers) < needed:
+        raise ApprovalRefused(f"{len(officers)} of {needed} approvals: different officers must approve this request")
+    return tuple(given)

@@ -1,0 +1,208 @@
+"""The compiled policies: traps that strict validation lets through, what is refused at load, and that errors deny."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import cedarpy
+import pytest
+
+from cedar_engines import Engines, facts, key, principal
+from policy import BundleRefused, Policy
+from policy.bundle import SHIPPED
+from policy.compiler import Action, Entity, _like, uid
+
+SMALL = cedarpy.Schema.from_str(
+    "namespace K { entity R; } entity G; entity K {p: Set<G>}; entity U in [G] {b: Bool, n: Long, s: String};"
+    "action d in [g] appliesTo {principal: [U], resource: [K, K::R], context: {}}; action g;"
+)
+ACTIONS = {"d": Action(frozenset({"d", "g"}), frozenset({"U"}), frozenset({"K", "K::R"}))}
+USER = Entity("U", "a", {"b": True, "n": 2**63 - 1, "s": 'U::"a"'}, [uid("G", "g")])
+THING, OTHER = Entity("K", "k", {"p": frozenset()}), Entity("K::R", "r", {})
+ROLES = "tenants/health/00-roles.cedar"
+
+
+def small(condition: str) -> Engines:
+    text = f'@id("p") permit (principal, action, resource) when {{ {condition} }};'
+    return Engines(text, by=SMALL, actions=ACTIONS)
+
+
+TRAPS = {
+    "1 literals fold by type: a number": "1 == true",
+    "1 literals fold by type: not": "1 != true",
+    "1 literals fold by type: a negative number": "-1 == true",
+    "1 literals fold by type: an entity": r'U::"a" == "U::\"a\""',
+    "1 entities of two types": 'U::"a" == G::"a"',
+    "2 is K": "resource is K",
+    "2 is K::R": "resource is K::R",
+    "2 is K in": 'resource is K in K::"k"',
+    "3 in a set known at run time": 'principal in (if principal.b then [G::"g"] else [G::"h"])',
+    "3 in an entity known at run time": 'principal in (if principal.b then G::"h" else G::"g")',
+    "6 a string that looks like an entity": r'principal.s == "U::\"a\"" && principal == U::"a"',
+    "7 like, a star that is none": r'"*" like "\*" && !("a" like "\*")',
+    "7 like, no part twice": '!("aba" like "ab*ba")',
+    "7 like, parts in order": '"xaybz" like "*a*b*" && !("xbyaz" like "*a*b*")',
+    "code in a string": r'principal != U::"\"+open(0)+\"" && "\\" != "\n"',
+    "code in an attribute": 'principal has "b\\"]) or (True"',
+    "overflow": "principal.n + 1 > 0",
+    "overflow by sign": "-(0 - principal.n - 1) > 0",
+    "an error behind an and": "principal.b && principal.n * 2 > 0",
+    "no error before an and": "!principal.b && principal.n * 2 > 0",
+    "an unknown entity's attribute": 'resource is K && K::"k" == resource',
+    "action in its group": 'action in Action::"g" && action == Action::"d"',
+    "records": "{a: 1, b: [1, 2]} == {b: [2, 1, 1], a: 1}",
+    "sets of sets": "[[1], [2, 3]].contains([3, 2])",
+}
+
+
+@pytest.mark.parametrize("name", sorted(TRAPS))
+def test_both_engines_agree_on(name: str) -> None:
+    engines = small(TRAPS[name])
+    for resource in (THING, OTHER):
+        assert engines.differ((USER, "d", resource, {})) is None
+
+
+def test_trap_1_folding_is_by_type_and_not_by_luck() -> None:
+    assert not small("1 == true").ours(USER, "d", THING, {}).allowed
+    assert small("1 != true").ours(USER, "d", THING, {}).allowed
+
+
+def test_stock_cedar_allows_past_a_forbid_that_errs_and_both_of_ours_deny() -> None:
+    text = (
+        '@id("p") permit (principal, action, resource);'
+        '@id("f") forbid (principal, action, resource is K) unless { !resource.p.isEmpty() };'
+    )
+    ghost = Entity("K", "unknown", {})
+    question = {
+        "principal": {"type": "U", "id": "a"},
+        "action": {"type": "Action", "id": "d"},
+        "resource": {"type": "K", "id": "unknown"},
+        "context": {},
+    }
+    stock = cedarpy.is_authorized(question, text, [], SMALL)
+    assert stock.allowed
+    assert stock.diagnostics.errors
+    engines = Engines(text, by=SMALL, actions=ACTIONS)
+    assert engines.ours(USER, "d", ghost, {}).error
+    assert not engines.cedar(USER, "d", ghost, {}).allowed
+
+
+def test_A_10_any_forbid_beats_any_number_of_permits() -> None:
+    permits = "".join(f'@id("p{n}") permit (principal, action, resource);' for n in range(5))
+    engines = Engines(permits + '@id("f") forbid (principal, action, resource);', by=SMALL, actions=ACTIONS)
+    assert engines.ours(USER, "d", THING, {}).rules == {"f"}
+
+
+def test_A_11_an_identity_with_wildcards_is_only_itself() -> None:
+    text = '@id("p") permit (principal == Workload::"mtls:a:/health/*", action == Action::"encrypt", resource is Key);'
+    engines = Engines(text)
+    for name, allowed in (("mtls:a:/health/*", True), ("mtls:a:/health/x", False), ("mtls:a:/health/", False)):
+        asked = (
+            principal("Workload", name, "health", "eu-de-1"),
+            "encrypt",
+            key("k", "health", 2, ["DE"], purposes=["x"]),
+        )
+        assert engines.ours(*asked, facts()).allowed is allowed
+        assert engines.differ((*asked, facts())) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "middle", "last", "found"),
+    [
+        ("abc", "a", (), "c", True),
+        ("ac", "a", ("b",), "c", False),
+        ("a" * 1024, "", ("a",) * 2, "b", False),
+        ("", "", (), "", True),
+        ("ab", "ab", (), "b", False),
+        ("tr\ning", "tr", (), "ing", True),
+    ],
+)
+def test_trap_7_like_is_linear_and_right(
+    text: str, first: str, middle: tuple[str, ...], last: str, found: bool
+) -> None:
+    assert _like(text, first, middle, last) is found
+
+
+REFUSED = {
+    "ip": ('ip("10.0.0.1").isLoopback()', "not compiled"),
+    "decimal": ('decimal("1.0") == decimal("1.00")', "not compiled"),
+    "datetime": ('datetime("2024-01-01") < datetime("2025-01-01")', "not compiled"),
+    "duration": ('duration("1h") < duration("2h")', "not compiled"),
+    "tags": ('principal.hasTag("x")', "not compiled"),
+    "four wildcards": ('context.purpose like "*a*b*c*"', "wildcards"),
+    "nested too deeply": ("!" * 0 + "(if context.failover then " * 45 + "true" + " else false)" * 45, "nested deeper"),
+    "an action in a namespace": ('action in NS::Action::"use"', "namespace"),
+}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    copied = tmp_path / "bundle"
+    shutil.copytree(SHIPPED, copied)
+    return copied
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_not_compiled_is_refused_with_file_line_and_reason(bundle: Path, name: str) -> None:
+    condition, reason = REFUSED[name]
+    rules = bundle / ROLES
+    lines = rules.read_text().count("\n")
+    head = (
+        '// a ; in a comment\n@id("x") @layer("tenant") @code("X-YZ") forbid (principal, action == Action::"encrypt", '
+    )
+    rules.write_text(rules.read_text() + f'{head}resource in Tenant::"health") when {{ {condition} }};\n')
+    with pytest.raises(BundleRefused) as caught:
+        Policy.load(bundle)
+    assert (caught.value.file, caught.value.line) == (ROLES, lines + 2)
+    assert reason in caught.value.reason
+
+
+def test_trap_4_a_template_is_refused_and_not_lost(bundle: Path) -> None:
+    rules = bundle / ROLES
+    rules.write_text(
+        rules.read_text() + '@id("x") @layer("tenant") forbid (principal == ?principal, action, resource);'
+    )
+    with pytest.raises(BundleRefused, match="lost"):
+        Policy.load(bundle)
+
+
+def test_a_chain_of_a_thousand_is_no_nesting() -> None:
+    terms = " || ".join(f"principal.n == {n}" for n in range(150))
+    engines = small(terms)
+    assert engines.differ((USER, "d", THING, {})) is None
+
+
+def test_trap_5_a_reload_while_others_decide_never_skips_a_rule() -> None:
+    """Nothing of an index is edited: whoever decides while another one is made sees all of its own."""
+    permits = "".join(f'@id("p{n}") permit (principal, action, resource);' for n in range(50))
+    text = permits + '@id("f") forbid (principal, action, resource);'
+    now = [Engines(text, by=SMALL, actions=ACTIONS)]
+    over, seen = time.monotonic() + 0.5, set[bool]()
+
+    def decide() -> None:
+        while time.monotonic() < over:
+            seen.add(now[0].ours(USER, "d", THING, {}).allowed)
+
+    threads = [threading.Thread(target=decide) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < over:
+        now[0] = Engines(text, by=SMALL, actions=ACTIONS)
+    for thread in threads:
+        thread.join()
+    assert seen == {False}
+
+
+def test_files_that_did_not_change_are_not_compiled_again(bundle: Path) -> None:
+    first = Policy.load(bundle)
+    rules = bundle / ROLES
+    rules.write_text(rules.read_text() + "// changed\n")
+    charter = bundle / "charter.yaml"
+    charter.write_text(charter.read_text().replace("version: 1", "version: 2", 1))
+    second = Policy.load(bundle, after=first)
+    same = {path for path, part in second._bundle.parts.items() if part is first._bundle.parts[path]}
+    assert same == set(first._bundle.parts) - {ROLES}
+    assert second.digest == Policy.load(bundle).digest

@@ -1,0 +1,84 @@
+"""A throw-away PostgreSQL cluster on a local socket, for every suite that wants the other database."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+
+def _binary(name: str) -> str:
+    """Where a server's program is: Debian keeps them off the PATH."""
+    found = shutil.which(name)
+    if found is None:
+        found = next((str(p) for p in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)), None)
+    if found is None:
+        pytest.fail(f"{name} is not installed: run `make setup`, or apt-get install postgresql")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A running server. Durable as in production unless it was started with `fsync=False`."""
+
+    directory: Path
+    user: str | None
+
+    def url(self, database: str = "postgres") -> str:
+        """SQLAlchemy's address of one of its databases."""
+        return f"postgresql+psycopg://skms@/{database}?host={self.directory}"
+
+    def fresh(self, name: str) -> str:
+        """The address of a new, empty database."""
+        engine = sa.create_engine(self.url(), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(sa.text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+            connection.execute(sa.text(f'CREATE DATABASE "{name}"'))
+        engine.dispose()
+        return self.url(name)
+
+    def control(self, *arguments: str) -> None:
+        """`pg_ctl` with these arguments: start, stop -m immediate, ..."""
+        self.run(_binary("pg_ctl"), "-D", f"{self.directory}/data", "-w", "-l", f"{self.directory}/log", *arguments)
+
+    def postmaster(self) -> int:
+        """Process id of the server."""
+        return int((self.directory / "data" / "postmaster.pid").read_text().split()[0])
+
+    def run(self, *command: str) -> None:
+        """Run a program as the server's user."""
+        subprocess.run(command, check=True, user=self.user, cwd=self.directory, capture_output=True)
+
+
+@contextlib.contextmanager
+def cluster(*, fsync: bool = True, settings: str = "") -> Iterator[Cluster]:
+    """A cluster that is gone afterwards. `settings` are further lines of postgresql.conf."""
+    directory = Path(tempfile.mkdtemp(prefix="skms-pg-", dir="/tmp"))  # short: a socket's path has 107 bytes
+    user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
+    if user is not None:
+        shutil.chown(directory, user)
+    made = Cluster(directory, user)
+    try:
+        made.run(_binary("initdb"), "-D", f"{directory}/data", "-A", "trust", "-U", "skms")
+        # In the file, so that a later `start` has them too.
+        with (directory / "data" / "postgresql.conf").open("a") as configuration:
+            configuration.write(
+                f"\nlisten_addresses = ''\nunix_socket_directories = '{directory}'\n"
+                f"fsync = {'on' if fsync else 'off'}\n{settings}\n"
+            )
+        made.control("start")
+        try:
+            yield made
+        finally:
+            with contextlib.suppress(subprocess.CalledProcessError):  # a test may have stopped it
+                made.control("-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(directory)

@@ -1,0 +1,146 @@
+"""What callers and operators see of a node whose log cannot be written."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from audit.clock import confirmation
+from harness import ROOT, Files, Lab, lab_of, new_key, skms
+from postgres import Cluster
+from service.serve import FENCED
+
+
+@pytest.mark.anyio
+async def test_S_04_a_node_whose_database_is_locked_answers_503_and_says_why_and_comes_back(lab: Lab) -> None:
+    key = await new_key(lab, "AES_256")
+    client, body = lab.client("health-eu-de-1"), {"plaintext": "eA=="}
+    assert (await client.post(f"/v1/keys/{key}/encrypt", json=body)).status_code == 200
+    blocker = sqlite3.connect(lab.files.config.database.url.removeprefix("sqlite:///"), isolation_level=None)
+    blocker.execute("PRAGMA busy_timeout=10000")
+    blocker.execute("BEGIN IMMEDIATE")
+    try:
+        begun = time.monotonic()
+        answers = await asyncio.gather(*(client.post(f"/v1/keys/{key}/encrypt", json=body) for _ in range(8)))
+        assert time.monotonic() - begun < 4
+        for answer in answers:
+            assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
+            assert answer.json()["executed"] is False
+            assert "ciphertext" not in answer.text
+        begun = time.monotonic()
+        behind = await client.post(f"/v1/keys/{key}/encrypt", json=body)
+        assert (behind.status_code, behind.headers["retry-after"]) == (503, answers[0].headers["retry-after"])
+        assert time.monotonic() - begun < 1, "a request behind a commit that hangs waited for it"
+        ready = await lab.client("platform").get("/readyz")
+        assert ready.status_code == 503
+        assert (await client.get("/livez")).status_code == 200
+    finally:
+        blocker.execute("ROLLBACK")
+        blocker.close()
+    begun = time.monotonic()
+    while (await client.post(f"/v1/keys/{key}/encrypt", json=body)).status_code != 200:
+        assert time.monotonic() - begun < 10
+        await asyncio.sleep(0.05)
+    assert lab.node.kms.log.state == "RUNNING"
+
+
+@pytest.mark.anyio
+async def test_S_04_a_node_whose_PostgreSQL_hangs_answers_503_in_time_and_comes_back(
+    dev_files: Files, postgres: Cluster, tmp_path: Path
+) -> None:
+    section = structs.replace(dev_files.config.node, state_dir=tmp_path)
+    database = structs.replace(dev_files.config.database, url=postgres.fresh("node"))
+    config = structs.replace(dev_files.config, node=section, database=database)
+    async with lab_of(dataclasses.replace(dev_files, config=config)) as lab:
+        key = await new_key(lab, "AES_256")
+        client, body = lab.client("health-eu-de-1"), {"plaintext": "eA=="}
+        assert (await client.post(f"/v1/keys/{key}/encrypt", json=body)).status_code == 200
+        servers = Path(f"/proc/{postgres.postmaster()}/task/{postgres.postmaster()}/children").read_text().split()
+        for pid in servers:
+            os.kill(int(pid), signal.SIGSTOP)
+        # From a thread: should the event loop hang, this still ends.
+        mending = threading.Timer(6, lambda: [os.kill(int(pid), signal.SIGCONT) for pid in servers])
+        mending.start()
+        took = []
+        for _ in range(4):
+            begun = time.monotonic()
+            answer = await client.post(f"/v1/keys/{key}/encrypt", json=body)
+            took.append(time.monotonic() - begun)
+            assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
+        assert max(took) < 4, took
+        assert sorted(took)[1] < 1, "requests behind a commit that hangs waited for it"
+        await asyncio.to_thread(mending.join)
+        begun = time.monotonic()
+        while (await client.post(f"/v1/keys/{key}/encrypt", json=body)).status_code != 200:
+            assert time.monotonic() - begun < 10
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.anyio
+async def test_the_log_s_condition_is_in_the_metrics(lab: Lab) -> None:
+    told = (await lab.client("platform").get("/metrics")).text.splitlines()
+    samples = {name: float(value) for name, _, value in (line.rpartition(" ") for line in told if line[:1] != "#")}
+    assert samples['skms_audit_state{state="RUNNING"}'] == 1
+    assert samples['skms_audit_state{state="DEGRADED"}'] == 0
+    assert samples["skms_audit_commit_group_records_count"] > 0
+    assert samples["skms_audit_commit_seconds_count"] == samples["skms_audit_commit_group_records_count"]
+    assert 0 <= samples["skms_audit_disk_used_ratio"] < 1  # 0 until the first look, a second after the start
+    for name in ("withheld_total", "clock_steps_total", "waiting_records", "exposed_seconds", "checkpoint_age_seconds"):
+        assert f"skms_audit_{name}" in samples
+
+
+def test_an_operator_confirms_the_clock_by_saying_what_time_it_is(dev_files: Files) -> None:
+    config = ("--config", str(dev_files.config_file))
+    state_dir: Path = dev_files.config.node.state_dir
+    wrong = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)).isoformat(timespec="minutes")
+    refused = skms("audit", "confirm-clock", *config, "--time", wrong)
+    assert refused.returncode != 0
+    assert b"from the time you say" in refused.stderr
+    assert confirmation(state_dir) is None
+    true = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
+    done = skms("audit", "confirm-clock", *config, "--time", true)
+    assert done.returncode == 0, done.stderr
+    said = confirmation(state_dir)
+    assert said is not None
+    assert abs(said.at - time.time_ns() // 1_000) < 120_000_000
+    (state_dir / "clock-confirmed").unlink()
+
+
+def test_a_worker_whose_chain_another_writer_took_ends_so_that_a_fresh_one_can_start(
+    dev_files: Files, tmp_path: Path
+) -> None:
+    said, database = tmp_path / "serve.log", tmp_path / "own.db"
+    own = {"SKMS_DATABASE_URL": f"sqlite:///{database}", "SKMS_NODE_STATE_DIR": str(tmp_path)}
+    with said.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli.main", "serve", "--config", str(dev_files.config_file)],
+            stdout=sink,
+            stderr=sink,
+            cwd=ROOT,
+            env={**os.environ, **own},
+        )
+    try:
+        begun = time.monotonic()
+        while '"event": "serving"' not in said.read_text():
+            assert process.poll() is None, said.read_text()
+            assert time.monotonic() - begun < 60
+            time.sleep(0.05)
+        with sqlite3.connect(database, timeout=10) as db:
+            db.execute("UPDATE audit_shard SET epoch = epoch + 1")
+        assert process.wait(60) == FENCED  # its next record is a mark of the checkpoint that covers its start
+    finally:
+        process.kill()
+        process.wait()
+    assert "fenced" in said.read_text()

@@ -1,0 +1,103 @@
+"""Calls to a slow HSM: inline or not, in time or refused, and what the caller is told (R7)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from keystore import HsmFault, HsmLocked, HsmTimeout, HsmUnavailable
+from service.hsmcalls import HsmCalls
+from service.protocols.problems import problem_of
+
+
+class Token:
+    """What `HsmCalls` looks at."""
+
+    def __init__(self, *, fast: bool) -> None:
+        self.fast = fast
+
+
+def calls(*, fast: bool = False, **options: Any) -> HsmCalls:
+    return HsmCalls({"eu-de-1": Token(fast=fast)}, **{"deadline_s": 0.2, "threads": 2, "queue": 3, **options})
+
+
+@pytest.mark.anyio
+async def test_a_fast_token_is_called_on_the_event_loop_and_a_slow_one_is_not() -> None:
+    here = threading.get_ident()
+    assert await calls(fast=True).run("eu-de-1", threading.get_ident) == here
+    assert await calls().run("eu-de-1", threading.get_ident) != here
+    assert await calls().run("eu-fr-1", threading.get_ident) == here  # no HSM here: the keystore says so itself
+
+
+@pytest.mark.anyio
+async def test_a_call_that_is_late_is_a_timeout_and_its_result_is_dropped() -> None:
+    some = calls()
+    go = threading.Event()
+    begun = time.monotonic()
+    with pytest.raises(HsmTimeout):
+        await some.run("eu-de-1", go.wait)
+    assert time.monotonic() - begun < 2.0
+    assert some.waiting("eu-de-1") == 1
+    go.set()
+    assert await some.run("eu-de-1", lambda: "others go on") == "others go on"
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if some.waiting("eu-de-1") == 0:
+            break
+    assert some.waiting("eu-de-1") == 0
+
+
+@pytest.mark.anyio
+async def test_key_generation_has_a_deadline_of_its_own() -> None:
+    assert await calls().run("eu-de-1", lambda: time.sleep(0.4) or "made", slow=True) == "made"
+
+
+@pytest.mark.anyio
+async def test_R7_when_too_many_wait_for_a_slow_HSM_the_next_is_refused_at_once() -> None:
+    some, go = calls(deadline_s=5.0), threading.Event()
+    waiting = [asyncio.create_task(some.run("eu-de-1", go.wait)) for _ in range(5)]
+    await asyncio.sleep(0.05)
+    with pytest.raises(HsmUnavailable, match="too many"):
+        some.run("eu-de-1", lambda: None).send(None)  # in its first step: it waits for nothing at all
+    assert not any(task.done() for task in waiting)
+    go.set()
+    await asyncio.gather(*waiting)
+    assert await some.run("eu-de-1", lambda: "again") == "again"
+
+
+@pytest.mark.anyio
+async def test_an_error_of_the_call_is_the_callers() -> None:
+    def fail() -> None:
+        raise HsmFault("CKR_DEVICE_ERROR")
+
+    some = calls()
+    with pytest.raises(HsmFault):
+        await some.run("eu-de-1", fail)
+    assert some.waiting("eu-de-1") == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "executed", "wait", "ckr"),
+    [
+        (HsmUnavailable("down", ckr="CKR_DEVICE_ERROR"), 503, "hsm_unavailable", False, "1", "CKR_DEVICE_ERROR"),
+        (HsmUnavailable("busy"), 503, "hsm_unavailable", False, "1", None),
+        (HsmLocked("refused", ckr="CKR_PIN_INCORRECT"), 503, "hsm_unavailable", False, "60", "CKR_PIN_INCORRECT"),
+        (HsmTimeout("late"), 504, "hsm_timeout", True, "1", None),
+        (HsmFault("CKR_KEY_SIZE_RANGE"), 502, "hsm_error", False, "1", "CKR_KEY_SIZE_RANGE"),
+    ],
+)
+def test_a_fault_of_the_device_is_a_5xx_that_says_what_happened(
+    error: Exception, status: int, code: str, executed: bool, wait: str, ckr: str | None
+) -> None:
+    told = problem_of(error, request_id="r")
+    assert (told.status, told.body["code"], told.body["executed"], told.body["retryable"]) == (
+        *(status, code, executed),
+        True,
+    )
+    assert dict(told.headers)["retry-after"] == wait
+    assert told.body.get("ckr") == ckr
+    assert "down" not in str(told.body)  # never the text of an exception
