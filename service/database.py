@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import sqlite3
+import time
 import urllib.parse
 from pathlib import Path
 from typing import Any, Final
@@ -68,6 +70,23 @@ def open_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+async def close_engine(engine: Engine, *, within_s: float = 5.0) -> None:
+    """Close every connection, waiting for those that threads of ended jobs still use, `within_s` seconds at most.
+
+    `Engine.dispose` forgets a connection that is in use: on a server its process lived on until this one happened to
+    collect its garbage.
+    """
+
+    def refused(*_: object) -> None:
+        raise DatabaseUnusable("this node has ended: its database is closed")
+
+    sa.event.listen(engine, "checkout", refused)
+    pool, deadline = engine.pool, time.monotonic() + within_s
+    while isinstance(pool, sa.QueuePool) and pool.checkedout() and time.monotonic() < deadline:  # noqa: ASYNC110 - a count, no event
+        await asyncio.sleep(0.01)
+    engine.dispose()
 
 
 def reader(engine: Engine) -> Engine:

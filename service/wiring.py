@@ -55,7 +55,7 @@ from service.callers import callers
 from service.ceremonies import record_ceremonies
 from service.config import Config, FolderAnchor, HsmAnchor, SinkSection, WriteOnceAnchor
 from service.containment import Containment
-from service.database import migrate, open_engine, ping
+from service.database import close_engine, migrate, open_engine, ping
 from service.decisions import Bundles, Decisions
 from service.drills import Drills
 from service.health import Health
@@ -370,7 +370,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
     async with contextlib.AsyncExitStack() as stack:
         checked(config)
         engine = open_engine(config.database.url)
-        stack.callback(engine.dispose)
+        stack.push_async_callback(close_engine, engine)
         migrate(engine, lock_dir=config.node.state_dir)
         bundle = Policy.load(config.policy.bundle, sample=START_SAMPLE)
         for token in serving_tokens(config):
