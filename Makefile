@@ -9,7 +9,8 @@ demo: setup
 	@$(PY) deploy/demo.py $(if $(FILE),--file "$(FILE)")
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not alone"
+	$(PY) -m pytest -q -m alone # what is timed, without the load of the others
 
 crash: setup ## 1,000 kills under load, then one at each of 200 steps of a writer and of a notary
 	CRASH_KILLS=1000 $(PY) -m pytest -q tests/end_to_end/test_crash.py

@@ -9,8 +9,6 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
-import pytest
-
 from harness import Served, skms, start, stop
 from vectors import wrap_import
 
@@ -106,7 +104,6 @@ def drive(node: Served) -> list[bytes]:
     return secrets
 
 
-@pytest.mark.slow
 def test_L_01_L_06_no_secret_is_in_logs_database_metrics_or_export(tmp_path: Path) -> None:
     log = tmp_path / "node.log"
     os.environ["SKMS_LOG_LEVEL"] = "debug"

