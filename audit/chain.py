@@ -7,13 +7,14 @@ that tenant's previous one, from which a tenant can prove that nothing of its ow
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import re
 from binascii import hexlify
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -53,6 +54,18 @@ class Bad(Exception):
     def __init__(self, code: str, where: str, why: str) -> None:
         super().__init__(f"{code} {where}: {why}")
         self.code, self.where, self.why = code, where, why
+
+
+class Receipt(NamedTuple):
+    """Where a record stands: chain, number in it, leaf hash. Durable before anybody sees it."""
+
+    log: str
+    seq: int
+    leaf: bytes
+
+    def header(self) -> str:
+        """The value of `Audit-Receipt` (RFC 9651 dictionary)."""
+        return f'log="{self.log}", seq={self.seq}, leaf=:{base64.b64encode(self.leaf).decode()}:'
 
 
 def leaf_hash(entry: bytes) -> bytes:

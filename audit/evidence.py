@@ -11,8 +11,7 @@ import base64
 from dataclasses import dataclass
 from typing import Final
 
-from audit import commitments
-from audit.chain import Bad, Frame, leaf_hash, parse_frame
+from audit.chain import Bad, Frame, Receipt, leaf_hash, parse_frame
 from audit.checkpoint import (
     BadNote,
     Checkpoint,
@@ -21,6 +20,7 @@ from audit.checkpoint import (
     decode_number,
     parse_proof,
 )
+from audit.commitments import open_note
 from audit.event import BadRecord, Heads, UnknownVersion, decode_heads
 from audit.proof import BadProof, check_consistency, check_inclusion
 from audit.verify import Trust
@@ -28,22 +28,13 @@ from audit.verify import Trust
 _MAX_PATH: Final = 63
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What an `Audit-Receipt` names: the chain, the record's number in it, its leaf."""
-
-    log: str
-    seq: int
-    leaf: bytes
-
-
-def open_note(note: bytes, trust: Trust) -> Checkpoint:
+def trusted_checkpoint(note: bytes, trust: Trust) -> Checkpoint:
     """The checkpoint of the trusted log in a signed note.
 
     Bad E_SIG if no trusted key signed it, E_WITNESS if it lacks the witnesses that the trust file asks for.
     """
     try:
-        opened = commitments.open_note(note, trust.origin, trust.note_keys(), trust.policy)
+        opened = open_note(note, trust.origin, trust.note_keys(), trust.policy)
     except BadNote as bad:
         raise Bad("E_SIG", trust.origin, str(bad)) from None
     if missing := trust.policy.missing(opened.signers):
@@ -53,7 +44,7 @@ def open_note(note: bytes, trust: Trust) -> Checkpoint:
 
 def committed(proof: LogProof, entry: bytes, trust: Trust) -> tuple[Checkpoint, Frame, Heads]:
     """The checkpoint, and what the root log's entry says that it proves; Bad names what does not hold."""
-    found = open_note(proof.checkpoint, trust)
+    found = trusted_checkpoint(proof.checkpoint, trust)
     where = f"{trust.origin}/{proof.index}"
     frame = parse_frame(entry, where)
     if frame.log != trust.origin:
@@ -172,12 +163,12 @@ def parse_growth(data: bytes) -> Growth:
 
 def check_growth(data: bytes, old: bytes, trust: Trust) -> tuple[Checkpoint, Checkpoint]:
     """The old checkpoint and the new one that extends it; Bad E_FORK or E_TRUNC if it does not."""
-    before = open_note(old, trust)
+    before = trusted_checkpoint(old, trust)
     try:
         proof = parse_growth(data)
     except BadNote as bad:
         raise Bad("E_PARSE", trust.origin, str(bad)) from None
-    after = open_note(proof.checkpoint, trust)
+    after = trusted_checkpoint(proof.checkpoint, trust)
     where = f"{trust.origin}/{before.size}"
     if after.size < before.size:
         raise Bad("E_TRUNC", where, f"the newer checkpoint is of {after.size} entries, yours of {before.size}")

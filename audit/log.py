@@ -8,7 +8,6 @@ by that key. Records are encoded by the request and only framed here, so a bad r
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import fcntl
 import logging
@@ -34,6 +33,7 @@ from audit.chain import (
     DAY_US,
     Bad,
     Chain,
+    Receipt,
     Verifier,
     pack,
     seal_statement,
@@ -88,19 +88,6 @@ class ChangeFailed(Exception):
     def __init__(self, receipt: Receipt) -> None:
         super().__init__("the change was undone")
         self.receipt = receipt
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """Where a record stands: chain, number, leaf hash. Durable before anybody sees it."""
-
-    log: str
-    seq: int
-    leaf: bytes
-
-    def header(self) -> str:
-        """The value of `Audit-Receipt` (RFC 9651 dictionary)."""
-        return f'log="{self.log}", seq={self.seq}, leaf=:{base64.b64encode(self.leaf).decode()}:'
 
 
 @dataclass(frozen=True, slots=True)

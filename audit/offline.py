@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from audit.chain import Bad
-from audit.evidence import Proven, Receipt, check_growth, check_record_proof
+from audit.evidence import Proven, check_growth, check_record_proof
 from audit.tenantbundle import Verdict, check_bundle
 from audit.verify import INTACT, USAGE, Report, Unusable, load_receipts, load_trust, parse_receipt
 
@@ -121,7 +121,7 @@ def _proof(arguments: argparse.Namespace) -> int:
             before, after = check_growth(data, arguments.checkpoint.read_bytes(), trust)
             text = f"checkpoint {after.size} of {after.origin} extends checkpoint {before.size}"
         else:
-            asked = None if arguments.receipt is None else Receipt(*parse_receipt(arguments.receipt))
+            asked = None if arguments.receipt is None else parse_receipt(arguments.receipt)
             text, report.records = shown_proof(check_record_proof(data, trust, asked=asked)), 1
     except Bad as bad:
         report.add(bad.code, bad.where, bad.why)

@@ -32,6 +32,7 @@ from audit.chain import (
     Chain,
     Frontier,
     Level,
+    Receipt,
     Verifier,
     Writer,
     leaf_hash,
@@ -793,14 +794,14 @@ def check_chain(
     return verifier
 
 
-def parse_receipt(text: str) -> tuple[str, int, bytes]:
-    """Chain, number and leaf of an `Audit-Receipt` value; Unusable if it is none."""
+def parse_receipt(text: str) -> Receipt:
+    """What an `Audit-Receipt` value names; Unusable if it is none."""
     value = re.sub(r"(?i)^audit-receipt:", "", text.strip()).strip()  # HTTP writes its field names in any case
     match = _RECEIPT.fullmatch(value)
     if match is None:
         raise Unusable('not an Audit-Receipt value, as in log="kms.example/audit/n0-0", seq=17, leaf=:<base64>:')
     log, seq, leaf = match.groups()
-    return log, int(seq), base64.b64decode(leaf)
+    return Receipt(log, int(seq), base64.b64decode(leaf))
 
 
 def load_receipts(path: Path) -> dict[str, dict[int, str]]:

@@ -24,7 +24,8 @@ from sqlalchemy import Connection
 
 import policy
 from audit import event
-from audit.log import Change, ChangeFailed, Log, Receipt
+from audit.chain import Receipt
+from audit.log import Change, ChangeFailed, Log
 from audit.proofs import Bundle, Prover
 from audit.search import Search
 from audit.witness import Answer, Witness

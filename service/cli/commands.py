@@ -1405,11 +1405,11 @@ def audit_checkpoint(
 ) -> None:
     """Fetch a signed checkpoint and check its signature. Keep it: whoever holds one detects every later change."""
     from audit.chain import Bad
-    from audit.evidence import open_note
+    from audit.evidence import trusted_checkpoint
 
     note = options.client().text(f"/v1/audit/checkpoint/{size}" if size else "/v1/audit/checkpoint")
     try:
-        found = open_note(note, _trusted(trust))
+        found = trusted_checkpoint(note, _trusted(trust))
     except Bad as bad:
         raise Failed(FAILED_CHECK, str(bad)) from None
     write_output(to, note)
@@ -1426,12 +1426,12 @@ def audit_proof(
 ) -> None:
     """Fetch the proof of a record, check it offline, and say what it proves; exit status 8 if it does not."""
     from audit.chain import Bad
-    from audit.evidence import Receipt, check_record_proof
+    from audit.evidence import check_record_proof
     from audit.offline import shown_proof
     from audit.verify import Unusable, parse_receipt
 
     try:
-        asked = Receipt(*parse_receipt(receipt)) if receipt else None
+        asked = parse_receipt(receipt) if receipt else None
     except Unusable as error:
         raise Failed(USAGE, f"--receipt: {error}") from None
     log, _, seq = record.rpartition("/") if asked is None else (asked.log, "", str(asked.seq))
@@ -1466,11 +1466,11 @@ def audit_consistency(
 ) -> None:
     """Prove that a newer checkpoint extends yours: nothing that yours covers was changed; exit status 8 otherwise."""
     from audit.chain import Bad
-    from audit.evidence import check_growth, open_note
+    from audit.evidence import check_growth, trusted_checkpoint
 
     trusted, note = _trusted(trust), read_input(str(old))
     try:
-        query = {"from": str(open_note(note, trusted).size), **({"to": str(size)} if size else {})}
+        query = {"from": str(trusted_checkpoint(note, trusted).size), **({"to": str(size)} if size else {})}
         data = options.client().text("/v1/audit/consistency", query=query)
         before, after = check_growth(data, note, trusted)
     except Bad as bad:

@@ -18,11 +18,10 @@ from sqlalchemy import Connection
 
 from audit import tables, verify
 from audit.archive import ArchiveFailed, Archiver, Retention, archive
-from audit.chain import DAY_US, Bad, leaf_hash, tree_hash, unpack
+from audit.chain import DAY_US, Bad, Receipt, leaf_hash, tree_hash, unpack
 from audit.evidence import check_record_proof
 from audit.export import export
 from audit.index import Indexer
-from audit.log import Receipt
 from audit.notary import Notary
 from audit.proof import check_inclusion, inclusion_proof
 from audit.proofs import Prover

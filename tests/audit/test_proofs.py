@@ -14,8 +14,8 @@ from sqlalchemy import Connection
 
 from audit import checkpoint as cp
 from audit import tables, verify
-from audit.chain import Bad, leaf_hash, pack
-from audit.evidence import Receipt, check_growth, check_record_proof, parse_record_proof
+from audit.chain import Bad, Receipt, leaf_hash, pack
+from audit.evidence import check_growth, check_record_proof, parse_record_proof
 from audit.log import Log
 from audit.notary import Notary
 from audit.offline import moment
@@ -72,7 +72,7 @@ def codes(lines: list[bytes], trust: Trust, **known: object) -> list[str]:
 
 
 def receipt_of(text: str) -> Receipt:
-    return Receipt(*verify.parse_receipt(text))
+    return verify.parse_receipt(text)
 
 
 # ---- published examples ----------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from sqlalchemy import Connection
 from typer.testing import CliRunner
 
 from audit import event
+from audit.chain import Receipt
 from audit.checkpoint import COSIGNATURE, NoteKey, cosigned, format_vkey, parse_note
 from audit.export import export
-from audit.log import Receipt
 from audit.notary import Notary
 from audit.report import Evidence, Gap, Source, Wanted, as_html, as_json, gaps, make, moment
 from audit.verify import load_trust

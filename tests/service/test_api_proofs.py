@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from audit import verify
+from audit.chain import Receipt
 from audit.checkpoint import parse_checkpoint, parse_note
-from audit.evidence import Receipt, check_growth, check_record_proof, open_note
+from audit.evidence import check_growth, check_record_proof, trusted_checkpoint
 from audit.proof import root_from_inclusion
 from audit.tenantbundle import check_bundle
 from audit.verify import Trust, load_trust
@@ -61,7 +62,7 @@ async def get(lab: Lab, name: str | None, path: str, *, status: int = 200) -> An
 
 async def made_record(lab: Lab, name: str) -> Receipt:
     answer = await lab.client(name).get("/v1/whoami")
-    return Receipt(*verify.parse_receipt(answer.headers["audit-receipt"]))
+    return verify.parse_receipt(answer.headers["audit-receipt"])
 
 
 async def test_nobody_else_reads_what_is_for_auditors(lab: Lab) -> None:
@@ -94,11 +95,11 @@ async def test_a_receipt_is_proven_to_its_tenant_and_to_the_installations_audito
 async def test_every_auditor_reads_checkpoints_their_growth_and_the_root_logs_tiles(lab: Lab, auditor: str) -> None:
     trust = trust_of(lab)
     old = (await get(lab, "health-auditor", "/v1/audit/checkpoint")).content
-    size = open_note(old, trust).size
+    size = trusted_checkpoint(old, trust).size
     await made_record(lab, "health-operator")
     for _ in range(100):
         newest = await get(lab, auditor, "/v1/audit/checkpoint")
-        if open_note(newest.content, trust).size > size:
+        if trusted_checkpoint(newest.content, trust).size > size:
             break
         await asyncio.sleep(0.2)
     assert newest.headers["cache-control"] == "no-store"
@@ -106,7 +107,7 @@ async def test_every_auditor_reads_checkpoints_their_growth_and_the_root_logs_ti
     before, after = check_growth(proof.content, old, trust)
     assert after.size > before.size == size
     again = await get(lab, auditor, f"/v1/audit/checkpoint/{size}")
-    assert open_note(again.content, trust) == before
+    assert trusted_checkpoint(again.content, trust) == before
     tile = await get(lab, "health-auditor", "/v1/audit/tile/0/000.p/1")
     entries = await get(lab, "health-auditor", "/v1/audit/tile/entries/000.p/1")
     (entry,) = verify.unpack(entries.content)
