@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test crash mutations exit-drill faults soak serve lint bench bench-audit bench-keys bench-policy bench-search bench-verify charter-edits policy-oracle policy-replay openapi go-verifier lock clean
+.PHONY: setup demo test crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify charter-edits policy-oracle policy-replay openapi go-verifier lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -49,6 +49,9 @@ bench-keys: setup ## what 100,000 keys cost
 
 bench-policy: setup ## decisions at 10 to 10,000 policies beside cedarpy, and a reload
 	$(PY) -m bench.policy
+
+bench-freeze: setup ## a freeze under load until the last worker obeys, 100 times
+	PYTHONPATH=.:tests $(PY) -m bench.freeze
 
 bench-search: setup ## searches of a log of a million records
 	$(PY) -m bench.search $(RECORDS)
