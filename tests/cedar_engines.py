@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -70,6 +71,7 @@ def _entity(e: Entity) -> dict[str, Any]:
     return {"uid": reference(e.uid), "attrs": as_json(e.attrs), "parents": parents}
 
 
+@functools.cache
 def reference(entity: str) -> dict[str, str]:
     kind, _, name = entity.partition('::"')
     return {"type": kind, "id": json.loads('"' + name)}
@@ -85,7 +87,12 @@ def as_json(value: Any, name: str = "") -> Any:
 
 
 def places(names: Iterable[str]) -> frozenset[str]:
-    return frozenset(uid("Place", leaf) for leaf in REGISTRY.expand(names))
+    return frozenset(map(_place, REGISTRY.expand(names)))
+
+
+@functools.cache
+def _place(leaf: str) -> str:
+    return uid("Place", leaf)
 
 
 def principal(

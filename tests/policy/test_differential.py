@@ -18,7 +18,7 @@ from cedar_engines import REGISTRY, Asked, Engines, facts, key, principal
 from policy.bundle import SHIPPED, schema, schema_actions
 from policy.compiler import Entity
 
-REQUESTS = int(os.environ.get("POLICY_ORACLE_REQUESTS", "20000"))
+REQUESTS = int(os.environ.get("POLICY_ORACLE_REQUESTS", "100000"))
 SEED = int(os.environ.get("POLICY_ORACLE_SEED", "1"))
 PARTS = 4
 CHARTER = (SHIPPED / "charter/00-charter.cedar").read_text()
@@ -210,7 +210,7 @@ def test_random_policies_and_requests_are_decided_as_cedar_decides(part: int) ->
                 text, policies = text + policy, policies + 1
         engines = Engines(text or SHIPPED_TEXT)
         engines.know([*world.people, *world.keys])
-        for _ in range(300):
+        for _ in range(1_000):
             request = world.request()
             asked += 1
             allowed += engines.ours(*request).allowed
