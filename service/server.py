@@ -33,6 +33,8 @@ _ONCE: Final = (b"authorization", b"content-length", b"content-type", b"transfer
 class TlsClientCertProtocol(HttpToolsProtocol):
     """One per connection."""
 
+    max_age_s, drain_s = MAX_AGE_S, float(DRAIN_S)
+    _old = False
     _refusal: tuple[int, str] = (400, "bad request")
     _tls: dict[str, Any] | None = None
     _not_after = float("inf")
@@ -48,7 +50,7 @@ class TlsClientCertProtocol(HttpToolsProtocol):
             return
         self._tls = self._extension(tls)
         self._deadline = self.loop.call_later(HEAD_DEADLINE_S, transport.abort)
-        self._age = self.loop.call_later(MAX_AGE_S, self._grow_old)
+        self._age = self.loop.call_later(self.max_age_s, self._grow_old)
 
     def _extension(self, tls: ssl.SSLObject) -> dict[str, Any]:
         der = tls.getpeercert(binary_form=True)
@@ -67,9 +69,17 @@ class TlsClientCertProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _grow_old(self) -> None:
-        """Certificates and revocations are looked at anew: the client connects again. A drip does not outlive this."""
+        """Certificates and revocations are looked at anew: the client connects again.
+
+        It is told so in the answer to its next request. Closed at once, a connection could have that request under way,
+        and its sender could not tell whether it was executed. A drip does not outlive this.
+        """
+        self._old = True
+        self._age = self.loop.call_later(self.drain_s, self._end)
+
+    def _end(self) -> None:
         self.shutdown()
-        self._age = self.loop.call_later(DRAIN_S, self.transport.abort)
+        self._age = self.loop.call_later(self.drain_s, self.transport.abort)
 
     def shutdown(self) -> None:
         """End the connection after the answer that is under way; a peer that does not say goodbye is not waited for."""
@@ -138,6 +148,8 @@ class TlsClientCertProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
         super().on_headers_complete()
+        if self._old and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -156,13 +168,20 @@ def tls_context(certificate: str, key: str, authorities: str) -> ssl.SSLContext:
     return context
 
 
-def server_of(app: ASGIApp, *, host: str, port: int, context: ssl.SSLContext) -> uvicorn.Server:
+def server_of(
+    app: ASGIApp,
+    *,
+    host: str,
+    port: int,
+    context: ssl.SSLContext,
+    protocol: type[TlsClientCertProtocol] = TlsClientCertProtocol,
+) -> uvicorn.Server:
     """A server that is not running yet."""
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=TlsClientCertProtocol,
+        http=protocol,
         ws="none",
         lifespan="off",
         proxy_headers=False,

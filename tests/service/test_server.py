@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import ssl
@@ -11,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from harness import Served
+from harness import Files, Served, tls_of
+from service.server import TlsClientCertProtocol, server_of, tls_context
 
 GET = b"GET /v1/whoami HTTP/1.1\r\nHost: x\r\n\r\n"
 HEAD = b"GET /v1/whoami HTTP/1.1\r\nHost: x\r\n"
@@ -133,3 +135,38 @@ def test_a_stranger_authority_gets_no_connection(node: Served, tmp_path: Any) ->
     context.load_cert_chain(tmp_path / "c.pem", tmp_path / "c.key")
     with pytest.raises(httpx.TransportError), httpx.Client(base_url=node.url, verify=context) as client:
         client.get("/v1/whoami")
+
+
+class Aging(TlsClientCertProtocol):
+    """Connections that grow old in no time."""
+
+    max_age_s, drain_s = 0.2, 1.0
+
+
+async def hello(_: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"hi"})
+
+
+@pytest.mark.anyio
+async def test_an_old_connection_ends_with_an_answer_and_an_idle_one_by_itself(dev_files: Files) -> None:
+    listen = dev_files.config.listen
+    context = tls_context(str(listen.certificate), str(listen.private_key), str(listen.client_ca))
+    server = server_of(hello, host="127.0.0.1", port=0, context=context, protocol=Aging)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    said, until = list[str](), asyncio.get_running_loop().time() + 1.5
+    async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=tls_of(dev_files, None)) as client:
+        while asyncio.get_running_loop().time() < until:  # without a pause: one is nearly always under way
+            answer = await client.get("/")
+            assert answer.text == "hi"
+            said.append(answer.headers.get("connection", ""))
+        assert 2 <= said.count("close") < len(said)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls_of(dev_files, None))
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    server.should_exit = True
+    await serving
