@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from pydantic import ValidationError
 
 from policy.compiler import Action, Compiled, Compiler, Unsupported
 from policy.places import NAME, Charter, Member, Registry
+from policy.transfers import RULE, AgreementRefused, Agreements
 
 SHIPPED: Final = Path(__file__).parent / "shipped"
 SCHEMA: Final = Path(__file__).parent / "schema.cedarschema"
@@ -34,6 +36,7 @@ ROLES: Final = frozenset({"operator", "officer", "custodian", "auditor"})
 INSTALLATION_ROLES: Final = frozenset({"platform", "auditor", "officer"})
 KINDS: Final = ("use", "admin", "read", "meta")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_DEVELOPMENT_PURPOSES: Final = ("default", "billing", "inference", "research", "training")
 _LAYERS: Final = {"charter": 0, "installation": 0, "tenant": 1, "key": 2, "grant": 3}
 
 
@@ -83,6 +86,7 @@ class Bundle:
     actions: Mapping[str, Action]
     groups: Mapping[str, frozenset[str]]  # action -> itself and its groups
     registry: Registry
+    agreements: Agreements
     cases: tuple[Mapping[str, Any], ...]
     sources: Mapping[str, bytes]  # path -> content: what it can be made of again
 
@@ -109,7 +113,7 @@ def made(files: Mapping[str, bytes], *, known: Bundle | None = None) -> Bundle:
     if "charter.yaml" not in files:
         raise BundleRefused("charter.yaml", 0, "the bundle has no charter.yaml")
     hashes = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
-    charter = _charter(files)
+    charter, agreements = _charter(files)
     members: dict[str, Member] = {}
     cases: list[Mapping[str, Any]] = []
     texts: dict[str, str] = {}
@@ -137,6 +141,7 @@ def made(files: Mapping[str, bytes], *, known: Bundle | None = None) -> Bundle:
         actions=found,
         groups={name: action.groups for name, action in found.items()},
         registry=Registry(charter, members),
+        agreements=agreements,
         cases=tuple(cases),
         sources=MappingProxyType(dict(files)),
     )
@@ -201,12 +206,16 @@ def _list(path: str, value: Any, name: str) -> list[Any]:
     return found
 
 
-def _charter(files: Mapping[str, bytes]) -> Charter:
+def _charter(files: Mapping[str, bytes]) -> tuple[Charter, Agreements]:
     raw = _yaml("charter.yaml", files["charter.yaml"])
     if not isinstance(raw, dict):
         raise BundleRefused("charter.yaml", 0, "must be a mapping")
     try:
-        return Charter.model_validate(raw)
+        charter = Charter.model_validate(raw)
+        return charter, Agreements(charter, schema_actions())
+    except AgreementRefused as error:
+        line = _yaml_line(_text("charter.yaml", files["charter.yaml"]), error.where)
+        raise BundleRefused("charter.yaml", line, str(error)) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -378,6 +387,8 @@ def _rule(path: str, line: int, est: Mapping[str, Any], compiler: Compiler) -> R
     name = notes.get("id")
     if not name or not re.fullmatch(r"[A-Za-z0-9._:/@-]{1,128}", name):
         raise refuse("every policy needs an @id of letters, digits, . _ : / @ -")
+    if name.startswith(RULE):
+        raise refuse(f"@id: {RULE} is the name of a check in typed code")
     layer = _layer_of(path)
     if notes.get("layer") != layer:
         raise refuse(f"@layer must be {layer!r} in this folder")
@@ -485,7 +496,8 @@ def write_development(
 ) -> None:
     """Write the development bundle: the shipped one with the two thresholds lowered that no laptop can meet.
 
-    K6 asks proof 3 of every tier, K7 is left out. `trust_domains` maps places to development authorities, `members`
+    K6 asks proof 3 of every tier, K7 is left out; agreements let data cross between the jurisdictions of all places that
+    have a development authority, for a few purposes. `trust_domains` maps places to development authorities, `members`
     tenants to {role: identity}; the installation's own are `platform_member` and `officer_member`. `skms dev up` alone
     calls this.
     """
@@ -496,9 +508,16 @@ def write_development(
     charter.write_text(_lowered(charter.read_text()))
     about = yaml.safe_load((directory / "charter.yaml").read_text())
     about["development"] = True
+    about["legal_bases"].append("development")
     for place, domain in trust_domains.items():
         about["places"][place]["trust_domain"] = domain
-    header = "# A development charter: K6 asks proof 3 of every tier, K7 is left out. Not for real keys.\n"
+    about["transfer_agreements"] |= _development_agreements(
+        sorted({about["places"][place]["jurisdiction"] for place in trust_domains}), sorted(about["tenants"])
+    )
+    header = (
+        "# A development charter: K6 asks proof 3 of every tier, K7 is left out, and agreements of nobody (dev-*)\n"
+        "# let data cross between the development jurisdictions. Not for real keys.\n"
+    )
     (directory / "charter.yaml").write_text(header + yaml.safe_dump(about, sort_keys=False, default_style='"'))
     _quote_numbers(directory / "charter.yaml")
     for tenant in about["tenants"]:
@@ -508,6 +527,23 @@ def write_development(
     if officer_member is not None:
         platform.append({"id": officer_member, "role": "officer", "person": "officer"})
     (directory / "installation" / "members.yaml").write_text(yaml.safe_dump({"members": platform}))
+
+
+def _development_agreements(jurisdictions: Sequence[str], tenants: Sequence[str]) -> dict[str, dict[str, object]]:
+    return {
+        f"dev-{here}-{there}".lower(): {
+            "from": here,
+            "to": there,
+            "tenants": list(tenants),
+            "legal_basis": "development",
+            "legal_ref": "no agreement at all: test data only",
+            "purposes": list(_DEVELOPMENT_PURPOSES),
+            "parties": ["this laptop", "this laptop"],
+            "not_before": "2020-01-01T00:00:00Z",
+            "not_after": "2100-01-01T00:00:00Z",
+        }
+        for here, there in itertools.permutations(jurisdictions, 2)
+    }
 
 
 def _quote_numbers(path: Path) -> None:

@@ -18,7 +18,8 @@ from policy.compiler import Index, RuleFailed
 from policy.facts import Facts
 from policy.oracle import Oracle
 from policy.places import Registry, UnknownPlace
-from policy.request import Decision, Denied, Request
+from policy.request import Decision, Denied, KeyFacts, Request
+from policy.transfers import CODE, MOST, RULE, Agreements
 
 log: Final = logging.getLogger("skms.policy")
 
@@ -46,6 +47,7 @@ class Policy:
         self._numbers = {rule.id: n for n, rule in enumerate(self._rules)}
         self._index = Index([rule.compiled for rule in self._rules], bundle.actions)
         self._facts = Facts()
+        self._agreements = bundle.agreements
         self._oracle = Oracle(bundle.text, bundles.schema())
         self._answers: dict[tuple[bool, tuple[int, ...], bool], Decision] = {}
 
@@ -124,6 +126,11 @@ class Policy:
         return self._bundle.registry
 
     @property
+    def agreements(self) -> Agreements:
+        """What lets data cross from one jurisdiction into another."""
+        return self._agreements
+
+    @property
     def files(self) -> Mapping[str, str]:
         """Every file of the bundle and its SHA-256."""
         return self._bundle.files
@@ -153,7 +160,7 @@ class Policy:
                 facts.resource(request.resource),
                 facts.context(request),
             )
-            return self._answer(request, allowed, hits)
+            return self._agreed(request, self._answer(request, allowed, hits))
         except Exception as error:  # fail closed, whatever it is; its text may hold facts of the request
             rule = self._rules[error.rule].id if isinstance(error, RuleFailed) else ""
             kind = type(error.__cause__ or error).__name__
@@ -174,7 +181,7 @@ class Policy:
         if opinion.error:
             return not decision.allowed
         hits = tuple(sorted(self._numbers[name] for name in opinion.rules))
-        return decision == self._answer(request, opinion.allowed, hits)
+        return decision == self._agreed(request, self._answer(request, opinion.allowed, hits))
 
     def decide_twice(self, request: Request) -> Decision:
         """Allow only what both engines allow: for a node whose engines once came to different decisions."""
@@ -198,6 +205,20 @@ class Policy:
         if caller.tenant is not None and self.registry.tenant(caller.tenant) is None:
             return self._denied("policy_denied", (), "DEFAULT")
         return None
+
+    def _agreed(self, request: Request, decision: Decision) -> Decision:
+        """What no policy forbids, if an agreement in force covers every border that data crosses; told as last rules."""
+        if not decision.allowed or type(request.resource) is not KeyFacts:
+            return decision
+        crossed = self._agreements.crossings(request)
+        if not crossed:
+            return decision
+        found = self._agreements.found(request, request.resource.tenant, crossed)
+        lacking = tuple(f"{RULE}/{here}/{there}" for (here, there), agreement in found if agreement is None)
+        if lacking or len(found) > MOST:  # what a record could not tell is not allowed
+            return self._denied(CODE, lacking[:8], RULE)
+        told = tuple(f"{RULE}/{here}/{there}/{agreement.id}" for (here, there), agreement in found if agreement)
+        return Decision(True, "", (*decision.rules[: 8 - len(told)], *told), "", self.digest, decision.obligations)
 
     def _answer(self, request: Request, allowed: bool, hits: tuple[int, ...]) -> Decision:
         """The decision that these rules make. A decision says nothing of its request, so equal ones are one object."""

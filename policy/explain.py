@@ -17,6 +17,7 @@ from policy.compiler import Entity, Est, Scope, fits, part
 from policy.engine import Policy
 from policy.facts import Facts
 from policy.request import Attest, Decision, KeyFacts, PrincipalKind, Request
+from policy.transfers import Agreement, Crossing, instant
 from policy.written import written
 
 MAX_FIXES: Final = 8
@@ -75,6 +76,15 @@ class Fix:
 
 
 @dataclass(frozen=True, slots=True)
+class Border:
+    """A crossing of jurisdictions, the agreement that lets data cross, if any, and all of the key's tenant about it."""
+
+    crossing: Crossing
+    agreement: Agreement | None
+    agreements: tuple[tuple[Agreement, tuple[str, ...]], ...]  # and why each does not cover the request
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """One decision recomputed, the rules that concern its action, and the smallest changes that flip a denial."""
 
@@ -82,6 +92,7 @@ class Explanation:
     decision: Decision
     rules: tuple[Told, ...]
     fixes: tuple[Fix, ...]
+    transfers: tuple[Border, ...] = ()
 
 
 def explain(policy: Policy, request: Request) -> Explanation:
@@ -93,7 +104,15 @@ def explain(policy: Policy, request: Request) -> Explanation:
     except (TypeError, ValueError):
         return Explanation(request, decision, (), ())
     rules = tuple(_told(rule, at, policy.bundle) for rule in policy.told if _concerns(rule, at, policy.bundle))
-    return Explanation(request, decision, rules, () if decision.allowed else tuple(fixes(policy, request)))
+    changes = () if decision.allowed else tuple(fixes(policy, request))
+    return Explanation(request, decision, rules, changes, tuple(_borders(policy, request)))
+
+
+def _borders(policy: Policy, request: Request) -> Iterator[Border]:
+    if isinstance(request.resource, KeyFacts):
+        tenant, known = request.resource.tenant, policy.agreements
+        for crossing, agreement in known.found(request, tenant, known.crossings(request)):
+            yield Border(crossing, agreement, tuple((a, a.lacks(request)) for a in known.of(tenant, crossing)))
 
 
 def shown(explanation: Explanation) -> dict[str, Any]:
@@ -112,6 +131,28 @@ def shown(explanation: Explanation) -> dict[str, Any]:
         "fixes": [
             {name: {"is": before, "needs": after} for name, (before, after) in fix.changes.items()}
             for fix in explanation.fixes
+        ],
+        "transfers": [_shown_border(border) for border in explanation.transfers],
+    }
+
+
+def _shown_border(border: Border) -> dict[str, Any]:
+    here, there = border.crossing
+    return {
+        "from": here,
+        "to": there,
+        "agreement": None if border.agreement is None else border.agreement.id,
+        "agreements": [
+            {
+                "id": a.id,
+                "legal_basis": a.legal_basis,
+                "legal_ref": a.legal_ref,
+                "purposes": sorted(a.purposes),
+                "not_before": instant(a.begins),
+                "not_after": instant(a.ends),
+                "lacks": list(lacks),
+            }
+            for a, lacks in border.agreements
         ],
     }
 

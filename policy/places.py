@@ -9,10 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import MappingProxyType
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 RESERVED_TENANTS: Final = frozenset(
@@ -28,10 +39,28 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _instant(value: object) -> int:
+    """Seconds since the epoch of an RFC 3339 time, as text or as YAML reads it; never a bare number or a local time."""
+    try:
+        found = datetime.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, datetime) or found.tzinfo is None or found.microsecond:
+        raise ValueError('a time in whole seconds with its offset, as in "2026-01-31T12:00:00Z"')
+    return int(found.timestamp())
+
+
+Instant = Annotated[StrictInt, BeforeValidator(_instant)]
+# Short and plain: it stands in the rule that a record names (`policy.transfers`).
+Jurisdiction = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,23}$")]
+PurposeName = Annotated[StrictStr, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Text = Annotated[StrictStr, Field(min_length=1, max_length=512)]
+
+
 class PlaceEntry(_Strict):
     """A region: its jurisdiction, its groups, and the authority that may vouch for it."""
 
-    jurisdiction: StrictStr
+    jurisdiction: Jurisdiction
     groups: tuple[StrictStr, ...] = ()
     trust_domain: StrictStr
 
@@ -49,6 +78,20 @@ class TenantEntry(_Strict):
     default_reason: Annotated[StrictStr, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")] = "unspecified"
 
 
+class AgreementEntry(_Strict):
+    """What lets a tenant's data cross from one jurisdiction into another, for these purposes, until it ends."""
+
+    from_: Annotated[StrictStr, Field(alias="from")]
+    to: StrictStr
+    tenants: Annotated[tuple[StrictStr, ...], Field(min_length=1)]
+    legal_basis: StrictStr
+    legal_ref: Text  # article, treaty, contract: what an auditor looks up
+    purposes: Annotated[tuple[PurposeName, ...], Field(min_length=1)]
+    parties: Annotated[tuple[Text, ...], Field(min_length=2)]
+    not_before: Instant
+    not_after: Instant  # the first second at which it no longer counts
+
+
 class Charter(_Strict):
     """charter.yaml."""
 
@@ -57,6 +100,8 @@ class Charter(_Strict):
     places: dict[StrictStr, PlaceEntry]
     tiers: dict[StrictInt, TierEntry]
     tenants: dict[StrictStr, TenantEntry]
+    legal_bases: tuple[StrictStr, ...] = ()
+    transfer_agreements: dict[StrictStr, AgreementEntry] = {}  # none: nothing may cross
 
     @field_validator("tenants")
     @classmethod

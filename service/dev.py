@@ -275,7 +275,8 @@ def up(
     config = prepare(directory, regions=shape.regions, hsms=shape.hsms, nss=shape.nss, port=port, database=database)
     sys.stderr.write(
         f"Sovereign KMS development node on https://127.0.0.1:{config.listen.port}, files in {directory}\n"
-        "DEVELOPMENT CHARTER: K6 asks proof 3 of every tier, K7 is left out. Never use this node for real keys.\n"
+        "DEVELOPMENT CHARTER: K6 asks proof 3 of every tier, K7 is left out, transfers need no real agreement. "
+        "Never use this node for real keys.\n"
     )
     from service.supervisor import supervise
 

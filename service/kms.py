@@ -67,6 +67,7 @@ from policy import (
 )
 from policy.explain import Explanation
 from policy.freeze import PASSING
+from policy.transfers import CODE, RULE, crosses
 from policy.written import Digests
 from service.admission import Admission, Refusals
 from service.decisions import Decisions, Replay
@@ -1107,6 +1108,11 @@ class Kms:
             ),
         )
 
+    def _still_agreed(self, decision: Decision) -> None:
+        """Denied if an agreement that let data cross has ended meanwhile, or is registered no more."""
+        if self._clock() >= self.policy.agreements.ends(decision.rules) * 1_000_000:
+            raise policy.Denied(Decision(False, CODE, (), RULE, decision.digest))
+
     def _touching(self, ask: Ask, key: Key, destination: frozenset[str]) -> Touched:
         return Touched(
             key.tenant,
@@ -1167,6 +1173,10 @@ class Kms:
             entry.facts["rule"] = decision.rules[:8]
         else:
             entry.facts.pop("rule", None)  # of an earlier decision for the same record
+        if crosses(decision) and request.purpose:
+            entry.facts["purpose"] = (
+                request.purpose
+            )  # also where the key has no other: a crossing is told for what it was
         if not decision.allowed:
             raise policy.Denied(decision)
 
@@ -1254,9 +1264,12 @@ class Kms:
         """The reason not to release a recorded result: it was stopped while the record became durable."""
         key, wanted = entry.key, entry.wanted
         changed = key is not None and wanted is not None and not self.keystore.current(key)
-        if not changed and not entry.touched:
+        crossed = entry.decision is not None and crosses(entry.decision)
+        if not changed and not crossed and not entry.touched:
             return None
         try:
+            if crossed and entry.decision is not None:
+                self._still_agreed(entry.decision)
             for touched in entry.touched:
                 self._thawed(touched)
             if changed and key is not None and wanted is not None:

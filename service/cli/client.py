@@ -59,6 +59,8 @@ EXIT: Final[Mapping[str, int]] = {
 WHAT_TO_DO: Final[Mapping[str, str]] = {
     "unauthenticated": "give a client certificate (--cert, --key) or a token file (--token-file) of this installation",
     "region_not_allowed": "the rule names the place that is wrong; `skms key show` lists the places of the key",
+    "transfer_not_authorised": "no agreement in force lets this data cross the border: `skms policy explain` on the decision id "
+    "tells the tenant's security officer which one is missing",
     "policy_denied": "ask the tenant's security officer; the decision id names this decision in the audit log",
     "not_found": "check the name and the tenant of your credential; another tenant's keys look the same as none",
     "key_state_invalid": "`skms key show` tells the state; `skms key enable` puts a disabled key back into use",

@@ -1290,6 +1290,11 @@ def _show_explanation(told: dict[str, Any]) -> None:
         print(f"\n{rule['effect']} {rule['id']} {applied}  ({rule['file']}:{rule['line']})")
         for leaf in (*rule["head"], *(leaf for clause in rule["clauses"] for leaf in clause["leaves"])):
             print(f"  {_TRUTH[leaf['holds']]:5} {leaf['text']}   it is {json.dumps(leaf['value'])}")
+    for border in told["transfers"]:
+        by = f"under {border['agreement']}" if border["agreement"] else "no agreement in force covers it"
+        print(f"\ndata crosses from {border['from']} to {border['to']}: {by}")
+        for a in border["agreements"]:
+            print(f"  {a['id']} ({a['not_before']} to {a['not_after']}): {', '.join(a['lacks']) or 'covers it'}")
     for fix in told["fixes"]:
         changes = "; ".join(
             f"{name} is {json.dumps(f['is'])}, needs {json.dumps(f['needs'])}" for name, f in fix.items()

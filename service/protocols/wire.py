@@ -767,7 +767,10 @@ class PolicyAnswer(Struct):
 
 
 class DecisionAnswer(Struct):
-    """A recorded decision, made again; `fixes` are the smallest changes of facts that would have it allowed."""
+    """A recorded decision, made again; `fixes` are the smallest changes of facts that would have it allowed.
+
+    `transfers` are the borders that data crosses, with every agreement about them and what it lacks.
+    """
 
     id: str
     record: dict[str, Any]
@@ -775,6 +778,7 @@ class DecisionAnswer(Struct):
     request: dict[str, Any]
     rules: list[dict[str, Any]]
     fixes: list[dict[str, Any]]
+    transfers: list[dict[str, Any]]
 
 
 class ReplayAnswer(Struct):
