@@ -139,8 +139,21 @@ class Search:
                                 return found.record
         return None
 
-    def scan(self, *, since: int, until: int) -> Iterator[Found]:
-        """Every record between two times (us), chain by chain and in order: what a figure is computed from."""
+    def stored_since(self) -> int | None:
+        """When the first record that every chain still has was written (us); None if none was ever pruned."""
+        times = []
+        with self._reading.connect() as connection:
+            for shard in connection.execute(sa.select(shard_table.c.shard)).scalars():
+                low, high = extent(connection, shard)
+                if 0 < low < high:
+                    times.append(int(json.loads(bundle_with(connection, shard, low)[1][0])["c"]["t"]))
+        return max(times, default=None)
+
+    def scan(self, *, since: int, until: int, telling: bytes = b"") -> Iterator[Found]:
+        """Every record between two times (us), chain by chain and in order: what a figure is computed from.
+
+        `telling`: only those in whose bytes this stands; most of the others need not be parsed then.
+        """
         with self._reading.connect() as connection:
             names = {r.shard: r.log_id for r in connection.execute(sa.select(shard_table))}
             chosen = (
@@ -150,8 +163,10 @@ class Search:
                 )  # a group is committed within seconds
                 .order_by(batch_table.c.shard, batch_table.c.first_seq)
             )
-            everything = _Query({}, (), {}, since, until)
+            everything = _Query({}, (telling,), {}, since, until)
             for row in connection.execution_options(stream_results=True).execute(chosen):
+                if telling not in row.entries:
+                    continue
                 for seq, entry in enumerate(unpack(row.entries), row.first_seq):
                     found = _found(names[row.shard], seq, entry, everything)
                     if found is not None:

@@ -103,6 +103,11 @@ class Agreements:
             found = self._known[asked] = tuple(sorted(self._crossed(asked)))
         return found
 
+    @property
+    def all(self) -> tuple[Agreement, ...]:
+        """Every registered agreement, by name."""
+        return tuple(self._by_id.values())
+
     def of(self, tenant: str, crossing: Crossing) -> tuple[Agreement, ...]:
         """Every agreement of a tenant about a crossing, in force or not."""
         return self._by_crossing.get((crossing, tenant), ())

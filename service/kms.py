@@ -67,7 +67,7 @@ from policy import (
 )
 from policy.explain import Explanation
 from policy.freeze import PASSING
-from policy.transfers import CODE, RULE, crosses
+from policy.transfers import CODE, RULE, Agreement, crosses
 from policy.written import Digests
 from service.admission import Admission, Refusals
 from service.decisions import Decisions, Replay
@@ -85,6 +85,7 @@ from service.outcome import (
 )
 from service.rows import ApiToken, ApiTokens, NewToken, Settings
 from service.shadow import Shadow
+from service.transfers import Transfers, report
 from service.work import (
     Checked,
     Ciphertext,
@@ -917,6 +918,24 @@ class Kms:
                 return self.decisions.replay(tenant=ask.caller.tenant, since=since, until=until, draft=draft)
 
             return await asyncio.to_thread(replay)
+
+    async def transfers(self, ask: Ask, *, tenant: str | None, since: int, until: int) -> Transfers:
+        """What crossed a border in a period (us): a tenant's own, or that of one or all for an auditor of the installation.
+
+        NotFound if the tenant is not the caller's.
+        """
+        async with self._recorded(_Entry(ask, "list_transfers")) as entry:
+            self._allowed(entry, "readTransfers", self._tenant_of(ask))
+            whose = tenant if ask.caller.tenant is None else ask.caller.tenant
+            if tenant not in {None, whose}:
+                raise NotFound("no such tenant, or not the caller's")
+            return await asyncio.to_thread(report, self.search, tenant=whose, since=since, until=until)
+
+    async def transfer_agreements(self, ask: Ask) -> list[Agreement]:
+        """The registered agreements, in force or not: those of the caller's tenant, or all."""
+        async with self._recorded(_Entry(ask, "list_transfer_agreements")) as entry:
+            self._allowed(entry, "readTransfers", self._tenant_of(ask))
+            return [a for a in self.policy.agreements.all if ask.caller.tenant in {None, *a.tenants}]
 
     async def search_records(self, ask: Ask, **wanted: Any) -> list[Any]:
         """Audit records, newest first: a tenant's own, or all for an auditor of the installation."""

@@ -71,6 +71,7 @@ freeze_app, approval_app = group("Freezes: stop at once, lift by a quorum"), gro
 policy_app, token_app, audit_app = group("Policy"), group("API tokens"), group("Audit log")
 tenant_app, region_app, envelope_app = group("Tenants"), group("Regions"), group("Ciphertexts, offline")
 file_app, dev_app, config_app = group("Files of any size"), group("Development node"), group("Configuration")
+transfers_app = group("Data that crosses from one jurisdiction into another")
 witness_app = group("Being a witness of other logs")
 for name, sub in {
     "key": key_app,
@@ -80,6 +81,7 @@ for name, sub in {
     "freeze": freeze_app,
     "approval": approval_app,
     "policy": policy_app,
+    "transfers": transfers_app,
     "token": token_app,
     "audit": audit_app,
     "tenant": tenant_app,
@@ -1303,6 +1305,31 @@ def _show_explanation(told: dict[str, Any]) -> None:
 
 
 _TRUTH: Final = {True: "true", False: "false", None: "-"}
+
+
+@transfers_app.command("report")
+def transfers_report(
+    since: Annotated[str, typer.Option("--from", help="RFC 3339; else everything")] = "",
+    until: Annotated[str, typer.Option("--to", help="RFC 3339; else until now")] = "",
+    tenant: Annotated[str, typer.Option(help="for an auditor of the installation: else all")] = "",
+) -> None:
+    """What crossed a border under which agreement, and what was refused: counted from the audit log."""
+    query = {name: value for name, value in (("from", since), ("to", until), ("tenant", tenant)) if value}
+    found = options.client().get("/v1/transfers", query=query)
+    if options.output == "json":
+        print(json.dumps(found, indent=2))
+        return
+    show_list(found["items"], "from", "to", "agreement", "tenant", "purpose", "crossed", "refused", "first", "last")
+    if found["stored_since"] is not None:
+        print(f"counted from {found['stored_since']} on: what was recorded before is in the archive alone")
+
+
+@transfers_app.command("agreements")
+def transfers_agreements() -> None:
+    """The registered agreements, in force or not."""
+    found = options.client().get("/v1/transfer-agreements")["items"]
+    columns = ("id", "from", "to", "tenants", "purposes", "legal_basis", "not_before", "not_after", "in_force")
+    show_list(found, *columns)
 
 
 @token_app.command("create")

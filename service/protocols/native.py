@@ -66,6 +66,7 @@ _CLIENT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _IDEMPOTENCY: Final = re.compile(r'"?([\x21\x23-\x5b\x5d-\x7e]{1,128})"?')
 _TAG: Final = re.compile(r"tag\.[A-Za-z0-9_.:-]{1,64}")
+_TENANT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _COUNT: Final = re.compile(r"(?:0|[1-9][0-9]{0,14})")
 _TEXT: Final = ("text/plain",)
 _ETAG: Final = re.compile(r'"([0-9]{1,15})"')
@@ -615,6 +616,22 @@ async def _simulate_policy(call: Call) -> Reply:
     return Reply(dataclasses.asdict(await call.kms.simulate_policy(call.ask, files, since=since, until=until)))
 
 
+async def _transfers(call: Call) -> Reply:
+    since, until, tenant = _instant(call.query, "from"), _instant(call.query, "to"), call.query.get("tenant")
+    if tenant is not None and not _TENANT.fullmatch(tenant):
+        raise RequestInvalid(("?tenant", "not_a_tenant", "the name of a tenant"))
+    found = await call.kms.transfers(
+        call.ask, tenant=tenant, since=since or 0, until=call.ask.arrived if until is None else until
+    )
+    return Reply(wire.transfers_json(found))
+
+
+async def _transfer_agreements(call: Call) -> Reply:
+    found = await call.kms.transfer_agreements(call.ask)
+    now, own = call.ask.arrived // 1_000_000, call.ask.caller.tenant
+    return Reply({"items": [wire.agreement_json(a, now=now, own=own) for a in found]})
+
+
 def _token_json(token: Any) -> dict[str, Any]:
     return {
         "id": token.id,
@@ -1145,6 +1162,23 @@ ROUTES: Final[tuple[Route, ...]] = (
         "Decide a recorded period again under a draft bundle, and tell what would differ",
         wire.ReplayAnswer,
         wire.SimulateBody,
+    ),
+    Route(
+        "GET",
+        "/v1/transfers",
+        "list_transfers",
+        _transfers,
+        "What crossed from one jurisdiction into another in a period, and what was refused there",
+        wire.TransferList,
+        query=("from", "to", "tenant"),
+    ),
+    Route(
+        "GET",
+        "/v1/transfer-agreements",
+        "list_transfer_agreements",
+        _transfer_agreements,
+        "The registered agreements that let data cross, in force or not",
+        wire.AgreementList,
     ),
     Route(
         "POST",

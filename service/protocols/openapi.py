@@ -77,6 +77,7 @@ _QUERY: Final[dict[str, dict[str, Any]]] = {
     "out": {"type": "string", "enum": ["ok", "denied", "failed", "error"]},
     "from": {"type": "string", "format": "date-time"},
     "to": {"type": "string", "format": "date-time"},
+    "tenant": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
 }
 
 _SIZE: Final = {"type": "integer", "minimum": 1, "maximum": 999_999_999_999_999}

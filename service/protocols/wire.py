@@ -16,10 +16,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from keystore import Admin, Key, KeyVersion, MemberStatus
 from policy import Freeze
+from policy.transfers import Agreement, instant
 from service.containment import Contained
 from service.outcome import RequestInvalid
 from service.quorum import Standing
 from service.rows import Operation
+from service.transfers import Transfers
 
 MAX_PLAINTEXT: Final = 65_536
 BASE64_LIMIT: Final = 4 * ((MAX_PLAINTEXT + 2) // 3)
@@ -328,6 +330,43 @@ def duration(total: int) -> str:
     if total and total % 86_400 == 0:
         return f"P{total // 86_400}D"
     return f"PT{total}S"
+
+
+def transfers_json(found: Transfers) -> dict[str, Any]:
+    """A report of transfers as it is answered."""
+    items = [
+        {
+            "agreement": kind.agreement or None,
+            "from": kind.origin,
+            "to": kind.destination,
+            "tenant": kind.tenant,
+            "purpose": kind.purpose,
+            "crossed": count.crossed,
+            "refused": dict(sorted(count.refused.items())),
+            "first": moment(count.first),
+            "last": moment(count.last),
+        }
+        for kind, count in found.counts.items()
+    ]
+    return {"items": items, "stored_since": None if found.stored_since is None else moment(found.stored_since)}
+
+
+def agreement_json(agreement: Agreement, *, now: int, own: str | None) -> dict[str, Any]:
+    """A registered agreement as its tenant `own` sees it, or (None) the installation; `now` in seconds."""
+    here, there = agreement.crossing
+    return {
+        "id": agreement.id,
+        "from": here,
+        "to": there,
+        "tenants": sorted(t for t in agreement.tenants if own in {None, t}),
+        "legal_basis": agreement.legal_basis,
+        "legal_ref": agreement.legal_ref,
+        "purposes": sorted(agreement.purposes),
+        "parties": list(agreement.parties),
+        "not_before": instant(agreement.begins),
+        "not_after": instant(agreement.ends),
+        "in_force": agreement.begins <= now < agreement.ends,
+    }
 
 
 def moment(us: int) -> str:
@@ -779,6 +818,48 @@ class DecisionAnswer(Struct):
     rules: list[dict[str, Any]]
     fixes: list[dict[str, Any]]
     transfers: list[dict[str, Any]]
+
+
+class TransferAnswer(Struct):
+    """Operations of one agreement (null: none covered them), border, tenant and purpose.
+
+    `refused` counts those that did not cross, by rule (`SOV-TRANSFER`: no agreement in force) or else by error code.
+    """
+
+    agreement: str | None
+    from_: str = msgspec.field(name="from")
+    to: str
+    tenant: str
+    purpose: str
+    crossed: int
+    refused: dict[str, int]
+    first: str
+    last: str
+
+
+class TransferList(Struct):
+    """`stored_since`: what was recorded before is in the archive and not counted; null if all is at hand."""
+
+    items: list[TransferAnswer]
+    stored_since: str | None
+
+
+class AgreementAnswer(Struct):
+    id: str
+    from_: str = msgspec.field(name="from")
+    to: str
+    tenants: list[str]
+    legal_basis: str
+    legal_ref: str
+    purposes: list[str]
+    parties: list[str]
+    not_before: str
+    not_after: str
+    in_force: bool
+
+
+class AgreementList(Struct):
+    items: list[AgreementAnswer]
 
 
 class ReplayAnswer(Struct):

@@ -59,6 +59,7 @@ COMMANDS = {
     "lift_freeze": "freeze lift", "list_approvals": "approval list", "get_approval": "approval show",
     "sign_approval": "approval add", "cancel_approval": "approval cancel",
     "get_decision": "policy explain", "simulate_policy": "policy simulate",
+    "list_transfers": "transfers report", "list_transfer_agreements": "transfers agreements",
     "create_token": "token create", "list_tokens": "token list", "revoke_token": "token revoke",
     "search_records": "audit search", "audit_status": "audit status", "whoami": "whoami",
     "audit_checkpoint": "audit checkpoint", "audit_proof": "audit proof", "audit_consistency": "audit consistency",

@@ -326,13 +326,14 @@ GRANTS = {
     "updateKey": {("PATCH", "/v1/keys/{key}")},
     "setAlias": {("PUT", "/v1/aliases/{name}")},
     "explainDecision": {("GET", "/v1/policy/decisions/{decision}"), ("POST", "/v1/policy/simulate")},
+    "readTransfers": {("GET", "/v1/transfers"), ("GET", "/v1/transfer-agreements")},
     "readAudit": {
         *{("GET", f"/v1/audit/{what}") for what in ("records", "status", "checkpoint", "checkpoint/{size}")},
         *{("GET", f"/v1/audit/{what}") for what in ("tenants/{tenant}/bundle", "tile/{level}/{tile}")},
         ("GET", "/v1/audit/tile/entries/{tile}"),
     },
 }
-ON_TENANT = {"random", "listKeys", "createKey", "createToken", "readAudit", "explainDecision"}
+ON_TENANT = {"random", "listKeys", "createKey", "createToken", "readAudit", "explainDecision", "readTransfers"}
 UNTRIED = {
     ("DELETE", "/v1/tokens/{id}"),
     ("POST", "/v1/keys/{key}/cancel-deletion"),
