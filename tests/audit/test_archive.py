@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import shutil
 import uuid
@@ -150,8 +151,10 @@ async def test_old_days_are_archived_recorded_and_pruned_and_everything_goes_on(
     await made.records(40, age=0)
     Indexer(made.engine, INDEX_KEY).round()
     before, whole = made.leaves(), made.search.records(tenant="t1", limit=2_000)
+    assert made.search.stored_since() is None
     notary = made.notarise()
     (segment,) = await made.archive()
+    assert made.search.stored_since() == json.loads(before[segment.at])["c"]["t"]
     assert (segment.first, segment.to) == (0, 512)
     assert 512 - 50 <= segment.at <= 512
     assert made.prunes() == [(0, 512)]

@@ -139,6 +139,16 @@ def test_a_search_equals_a_look_at_every_record_whatever_the_index_holds(made: L
         forget(made.engine)
 
 
+def test_a_scan_for_what_records_tell_finds_each_of_them_and_no_other(made: Lab) -> None:
+    fill(made.engine, 1, 1_500, random.Random(7))
+    fill(made.engine, 2, 40, random.Random(8))
+    everything = list(made.search.scan(since=0, until=2**53))
+    wanted = [f for f in everything if f.record.get("tenant") == "rare"]
+    assert 0 < len(wanted) < 100
+    assert list(made.search.scan(since=0, until=2**53, telling=b'"tenant":"rare"')) == wanted
+    assert made.search.stored_since() is None
+
+
 def test_rows_made_under_another_key_are_no_index(made: Lab) -> None:
     fill(made.engine, 1, SPAN, random.Random(1))
     Indexer(made.engine, IndexKey(b"\2" * 32)).round()

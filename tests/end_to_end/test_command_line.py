@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,14 @@ import pytest
 
 from harness import ROOT, Served
 from service.protocols.native import ROUTES
+
+
+def plainly(node: Served, name: str, *arguments: str) -> str:
+    """What a person sees of it."""
+    who = ("--dev-dir", str(node.directory), "--identity", name)
+    command = [sys.executable, "-m", "service.cli.main", *who, *arguments]
+    environment = {**os.environ, "COLUMNS": "240"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=environment).stdout
 
 
 def skms(node: Served, name: str, *arguments: str, status: int = 0, stdin: bytes = b"") -> Any:
@@ -156,6 +165,43 @@ def test_exit_statuses_and_messages(
     assert done.returncode in {0, 5}
     told = skms(node, name, *arguments, status=status, stdin=b"x")
     assert says in told
+
+
+def test_transfers_are_reported_and_a_missing_agreement_is_explained(node: Served) -> None:
+    create = (
+        "key",
+        "create",
+        "--spec",
+        "AES_256",
+        "--tier",
+        "2",
+        "--home",
+        "eu-de-1",
+        "--reach",
+        "DE",
+        "--reach",
+        "FR",
+    )
+    billing, other = (
+        skms(node, "health-operator", *create, "--purpose", purpose)["id"] for purpose in ("billing", "cli")
+    )
+    skms(node, "health-eu-fr-1", "encrypt", billing, stdin=b"x")
+    told = skms(node, "health-eu-fr-1", "encrypt", other, status=3, stdin=b"x")
+    assert "transfer_not_authorised" in told
+    assert "SOV-TRANSFER" in told
+    decision = re.search(r"decision_id: ([0-9a-f-]{36})", told)
+    assert decision
+    shown = plainly(node, "health-officer", "policy", "explain", decision[1])
+    assert "data crosses from FR to DE: no agreement in force covers it" in shown
+    assert "dev-fr-de (2020-01-01T00:00:00Z to 2100-01-01T00:00:00Z): another purpose" in shown
+    counted = skms(node, "health-auditor", "transfers", "report", "--from", "2026-01-01T00:00:00Z")["items"]
+    rows = {(r["agreement"], r["purpose"]): (r["crossed"], r["refused"]) for r in counted}
+    assert rows["dev-fr-de", "billing"] == (1, {})
+    assert rows[None, "cli"] == (0, {"SOV-TRANSFER": 1})
+    assert "dev-fr-de" in plainly(node, "health-auditor", "transfers", "report")
+    assert "in_force" in plainly(node, "health-auditor", "transfers", "agreements")
+    told = skms(node, "health-auditor", "transfers", "report", "--tenant", "defence", status=4)
+    assert "not_found" in told
 
 
 def test_signing_tokens_policy_and_audit_from_the_command_line(node: Served, tmp_path: Path) -> None:
