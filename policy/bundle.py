@@ -189,9 +189,23 @@ def _text(path: str, data: bytes) -> str:
         raise BundleRefused(path, 0, "not UTF-8") from None
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which each name stands once: of two, a plain loader takes the last and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode) and name.value in names:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name.value!r} stands there twice", name.start_mark
+                )
+            names.add(str(name.value))
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(path: str, data: bytes) -> Any:
     try:
-        return yaml.safe_load(_text(path, data))
+        return yaml.load(_text(path, data), Loader=_Once)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = 0 if error.problem_mark is None else error.problem_mark.line + 1
         raise BundleRefused(path, line, f"not YAML: {error.problem}") from None

@@ -254,6 +254,15 @@ def test_a_name_that_is_no_name_is_refused(tmp_path: Path) -> None:
         Policy.load(bundle_with(tmp_path, agreement("Ours/Theirs", "DE", "UK")))
 
 
+def test_of_two_agreements_of_one_name_neither_is_taken(tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path, agreement("new", "DE", "UK"), agreement("new", "DE", "FI"))
+    with pytest.raises(BundleRefused, match="'new' stands there twice") as caught:
+        Policy.load(bundle)
+    lines = (bundle / "charter.yaml").read_text().splitlines()
+    assert (caught.value.file, lines[caught.value.line - 1]) == ("charter.yaml", "  new:")
+    assert caught.value.line > lines.index("  new:") + 1
+
+
 def test_times_may_stand_unquoted_if_they_say_their_offset(tmp_path: Path) -> None:
     late = agreement("late", "DE", "FI", not_after="2030-01-01T01:00:00+01:00")
     policy = Policy.load(bundle_with(tmp_path, late))
