@@ -1,6 +1,6 @@
 """Keys, and the HSMs that hold them: wrapped rows in SQL, unwrapped only inside the HSM of their own region."""
 
-from keystore.catalog import Catalog, ListFilter
+from keystore.catalog import Catalog, ListFilter, Located, Placed
 from keystore.envelope import (
     ContextRefused,
     Envelope,
@@ -91,10 +91,12 @@ __all__ = [
     "KeyVersion",
     "Keystore",
     "ListFilter",
+    "Located",
     "MemberStatus",
     "NewKey",
     "NoSuchHsm",
     "Parameters",
+    "Placed",
     "Plan",
     "Proof",
     "Purpose",

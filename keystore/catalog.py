@@ -41,6 +41,7 @@ from keystore.key import (
 tables: Final = sa.MetaData()
 _PAGE: Final = 200  # rows read at a time where a filter is applied here and not in SQL
 _CHUNK: Final = 500  # ids in one IN (...)
+_PLACED: Final = 100  # kinds of places in one statement
 
 _key: Final = sa.Table(
     "keystore_key",
@@ -207,6 +208,30 @@ class ListFilter:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """What the bar of a tier looks at: many keys have it in common. `stored` is how the rows hold its sets."""
+
+    tenant: str
+    tier: int
+    home: str
+    residency: frozenset[str]
+    execution: frozenset[str]
+    reach: frozenset[str]
+    egress: frozenset[str]
+    failover: frozenset[str]
+    stored: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A key by its id, with the state that the API shows."""
+
+    id: uuid.UUID
+    placed: Placed
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
 class SecretRow:
     """A tenant's wrapped audit key as stored."""
 
@@ -337,6 +362,39 @@ class Catalog:
                     break
                 position = rows[-1].id
         return found[:limit]
+
+    def placed(self, tenant: str | None) -> list[tuple[Placed, int]]:
+        """The different places of keys that are not destroyed, a tenant's or (None) everybody's, and how many have them.
+
+        RowDamaged for a row that cannot be read.
+        """
+        kind = (_key.c.tenant, _key.c.tier, _key.c.home, _key.c.places)
+        wanted = sa.select(*kind, sa.func.count()).where(_key.c.state != str(KeyState.DESTROYED)).group_by(*kind)
+        if tenant is not None:
+            wanted = wanted.where(_key.c.tenant == tenant)
+        with self._reading.connect() as c:
+            rows = c.execute(wanted).all()
+        return [(_to_placed(*row[:4]), int(row[4])) for row in rows]
+
+    def located(self, wanted: Sequence[Placed], *, after: str | None, limit: int) -> list[Located]:
+        """Up to `limit` keys after an id that are not destroyed and have one of these places, in the order of ids."""
+        found: list[Located] = []
+        chosen = (
+            sa.select(
+                _key.c.key_id, _key.c.tenant, _key.c.tier, _key.c.home, _key.c.places, _key.c.state, _key.c.delete_at
+            )
+            .where(_key.c.state != str(KeyState.DESTROYED), _key.c.key_id > (after or ""))
+            .order_by(_key.c.key_id)
+            .limit(limit)
+        )
+        with self._reading.connect() as c:
+            for at in range(0, len(wanted), _PLACED):
+                some = {(p.tenant, p.tier, p.home, p.stored): p for p in wanted[at : at + _PLACED]}
+                one_of = sa.or_(*(_has(p) for p in some.values()))
+                for key_id, tenant, tier, home, places, state, delete_at in c.execute(chosen.where(one_of)):
+                    shown = "pending_deletion" if delete_at is not None else API_STATE[KeyState(state)]
+                    found.append(Located(uuid.UUID(key_id), some[tenant, tier, home, places], shown))
+        return sorted(found, key=lambda k: str(k.id))[:limit]
 
     def aliases(self, tenant: str, *, after: str | None, limit: int) -> list[tuple[str, uuid.UUID]]:
         """Up to `limit` aliases of a tenant after a name, in the order of names."""
@@ -771,6 +829,21 @@ class Catalog:
                 if not leave_out_damaged:
                     raise
         return found
+
+
+def _has(placed: Placed) -> sa.ColumnElement[bool]:
+    """The rows of keys with these places."""
+    p = placed
+    return (_key.c.tenant == p.tenant) & (_key.c.tier == p.tier) & (_key.c.home == p.home) & (_key.c.places == p.stored)
+
+
+def _to_placed(tenant: str, tier: int, home: str, places: str) -> Placed:
+    try:
+        sets = json.loads(places)
+        residency, execution, reach, egress, failover = (frozenset(sets[name]) for name in _SETS[:5])
+    except (ValueError, TypeError, KeyError):
+        raise RowDamaged(f"a key row of tenant {tenant} was changed outside the service") from None
+    return Placed(tenant, tier, home, residency, execution, reach, egress, failover, places)
 
 
 def _in_state(state: str) -> sa.ColumnElement[bool]:

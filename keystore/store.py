@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 
 from keystore import envelope as ev
 from keystore import rowmac
-from keystore.catalog import Catalog, ListFilter, SecretRow
+from keystore.catalog import Catalog, ListFilter, Located, Placed, SecretRow
 from keystore.envelope import Envelope, Purpose
 from keystore.hsm import (
     Hsm,
@@ -316,6 +316,14 @@ class Keystore:
     def list(self, tenant: str, *, filters: ListFilter, after: uuid.UUID | None, limit: int) -> list[Key]:
         """Up to `limit` keys of a tenant, in the order of ids."""
         return self._catalog.keys(tenant, filters, after=after, limit=limit)
+
+    def placed(self, tenant: str | None) -> Sequence[tuple[Placed, int]]:
+        """The different places of keys that are not destroyed, a tenant's or (None) everybody's, and how many have them."""
+        return self._catalog.placed(tenant)
+
+    def located(self, wanted: Sequence[Placed], *, after: str | None, limit: int) -> Sequence[Located]:
+        """Up to `limit` keys after an id that are not destroyed and have one of these places, in the order of ids."""
+        return self._catalog.located(wanted, after=after, limit=limit)
 
     def aliases(self, tenant: str, *, after: str | None, limit: int) -> Sequence[tuple[str, uuid.UUID]]:
         """Up to `limit` aliases of a tenant, in the order of names."""

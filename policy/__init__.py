@@ -15,6 +15,7 @@ from policy.request import (
     Resource,
     TenantFacts,
 )
+from policy.suppliers import Gap, SupplierEntry, Verdict
 
 __all__ = [
     "Attest",
@@ -29,6 +30,7 @@ __all__ = [
     "FreezeUnconfirmed",
     "Freezes",
     "Frozen",
+    "Gap",
     "InForce",
     "InstallationFacts",
     "KeyFacts",
@@ -38,9 +40,11 @@ __all__ = [
     "Request",
     "Resource",
     "Scope",
+    "SupplierEntry",
     "TenantFacts",
     "Touched",
     "UnknownPlace",
+    "Verdict",
     "Whereabouts",
     "whereabouts",
     "write_development",

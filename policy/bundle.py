@@ -12,9 +12,10 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -22,6 +23,7 @@ from typing import Any, Final, NamedTuple
 import cedarpy
 import yaml
 from pydantic import ValidationError
+from yaml.constructor import ConstructorError
 
 from policy.compiler import Action, Compiled, Compiler, Unsupported
 from policy.places import NAME, Charter, Member, Registry
@@ -30,6 +32,7 @@ from policy.transfers import RULE, AgreementRefused, Agreements
 SHIPPED: Final = Path(__file__).parent / "shipped"
 SCHEMA: Final = Path(__file__).parent / "schema.cedarschema"
 FORMAT: Final = 1
+DEVELOPMENT: Final = "development"  # the supplier of a development node's HSMs
 MAX_FILE: Final = 1 << 20
 OBLIGATIONS: Final = frozenset({"seal-to-recipient", "audit-intent", "no-cache"})
 ROLES: Final = frozenset({"operator", "officer", "custodian", "auditor"})
@@ -189,23 +192,27 @@ def _text(path: str, data: bytes) -> str:
         raise BundleRefused(path, 0, "not UTF-8") from None
 
 
-class _Once(yaml.SafeLoader):
-    """YAML in which each name stands once: of two, a plain loader takes the last and says nothing."""
+class _Loader(yaml.SafeLoader):
+    """YAML that means what it shows: a name that stands twice is refused, and a value that cannot be is no crash."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError):  # 2026-02-30, !!int "x"
+            raise ConstructorError(None, None, "no such value", node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for name, _ in node.value:
-            if isinstance(name, yaml.ScalarNode) and name.value in names:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name.value!r} stands there twice", name.start_mark
-                )
-            names.add(str(name.value))
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
 def _yaml(path: str, data: bytes) -> Any:
     try:
-        return yaml.load(_text(path, data), Loader=_Once)  # noqa: S506 - a SafeLoader
+        return yaml.load(_text(path, data), _Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = 0 if error.problem_mark is None else error.problem_mark.line + 1
         raise BundleRefused(path, line, f"not YAML: {error.problem}") from None
@@ -232,23 +239,37 @@ def _charter(files: Mapping[str, bytes]) -> tuple[Charter, Agreements]:
         raise BundleRefused("charter.yaml", line, str(error)) from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        at = (*first["loc"], *first.get("ctx", {}).get("at", ()))
+        where = ".".join(str(part) for part in at)
         hint = ""
-        if any(isinstance(part, bool) for part in first["loc"]) or isinstance(first.get("input"), bool):
+        if any(isinstance(part, bool) for part in at) or isinstance(first.get("input"), bool):
             hint = " (quote names: an unquoted NO is read as false)"
-        line = _yaml_line(_text("charter.yaml", files["charter.yaml"]), first["loc"])
+        elif isinstance(first.get("input"), date):
+            hint = " (quote dates)"
+        line = _yaml_line(_text("charter.yaml", files["charter.yaml"]), at)
         raise BundleRefused("charter.yaml", line, f"{where}: {first['msg']}{hint}") from None
 
 
 def _yaml_line(text: str, where: Sequence[Any]) -> int:
-    """The line of the last named part of a location that can be found."""
-    lines, at = text.splitlines(), 0
+    """The line of the last part of a location that is there; 0 for none."""
+    node = yaml.compose(text, _Loader)
+    line = -1
     for part in where:
-        for number in range(at, len(lines)):
-            if re.search(rf"(^|[\s{{,]){re.escape(str(part))}\s*:", lines[number]):
-                at = number
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line
+        elif isinstance(node, yaml.MappingNode):
+            found = [pair for pair in node.value if _named(pair[0], part)]
+            if not found:
                 break
-    return at + 1 if where else 0
+            line, node = found[0][0].start_mark.line, found[0][1]
+    return line + 1
+
+
+def _named(key: yaml.Node, part: object) -> bool:
+    if key.tag.endswith(":bool"):  # an unquoted NO, of which pydantic tells as 0
+        return part == int(str(key.value).lower() in {"yes", "true", "on"})
+    return str(key.value) == str(part)
 
 
 def _placed(path: str, charter: Charter) -> None:
@@ -510,10 +531,10 @@ def write_development(
 ) -> None:
     """Write the development bundle: the shipped one with the two thresholds lowered that no laptop can meet.
 
-    K6 asks proof 3 of every tier, K7 is left out; agreements let data cross between the jurisdictions of all places that
-    have a development authority, for a few purposes. `trust_domains` maps places to development authorities, `members`
-    tenants to {role: identity}; the installation's own are `platform_member` and `officer_member`. `skms dev up` alone
-    calls this.
+    Its one supplier declares itself the labels that the tiers demand; K6 asks proof 3 of every tier, K7 is left out;
+    agreements let data cross between the jurisdictions of all places that have a development authority, for a few
+    purposes. `trust_domains` maps places to development authorities, `members` tenants to {role: identity}; the
+    installation's own are `platform_member` and `officer_member`. `skms dev up` alone calls this.
     """
     if directory.exists():
         shutil.rmtree(directory)
@@ -528,9 +549,10 @@ def write_development(
     about["transfer_agreements"] |= _development_agreements(
         sorted({about["places"][place]["jurisdiction"] for place in trust_domains}), sorted(about["tenants"])
     )
+    about["suppliers"] = {DEVELOPMENT: _self_declared(about["tiers"].values())}
     header = (
-        "# A development charter: K6 asks proof 3 of every tier, K7 is left out, and agreements of nobody (dev-*)\n"
-        "# let data cross between the development jurisdictions. Not for real keys.\n"
+        "# A development charter: K6 asks proof 3 of every tier, K7 is left out, the supplier's labels are self-declared,\n"
+        "# and agreements of nobody (dev-*) let data cross between the development jurisdictions. Not for real keys.\n"
     )
     (directory / "charter.yaml").write_text(header + yaml.safe_dump(about, sort_keys=False, default_style='"'))
     _quote_numbers(directory / "charter.yaml")
@@ -541,6 +563,16 @@ def write_development(
     if officer_member is not None:
         platform.append({"id": officer_member, "role": "officer", "person": "officer"})
     (directory / "installation" / "members.yaml").write_text(yaml.safe_dump({"members": platform}))
+
+
+def _self_declared(tiers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    demanded: dict[str, int] = {}
+    for tier in tiers:
+        for label, level in tier.get("labels", {}).items():
+            demanded[label] = max(level, demanded.get(label, 0))
+    evidence = "declared by nobody but this development charter"
+    labels = {n: {"level": level, "evidence": evidence, "valid_until": "9999-12-31"} for n, level in demanded.items()}
+    return {"jurisdiction": "DE", "labels": labels}
 
 
 def _development_agreements(jurisdictions: Sequence[str], tenants: Sequence[str]) -> dict[str, dict[str, object]]:

@@ -18,9 +18,9 @@ _STRICTEST: Final = min(LEASES.values())
 # What no freeze stops: reading, what only narrows the use of a key, and the way out. An action that is not here is stopped.
 PASSING: Final = frozenset(
     """
-    describe publicKey listKeys readAudit readAllAudit readPolicy explainDecision readTransfers
-    reloadPolicy listTenants listRegions metrics hsmStatus hsmDrain hsmUndrain hsmDrill suspend revoke revokeVersion
-    freeze liftFreeze readFreezes approve readApprovals
+    describe publicKey listKeys readAudit readAllAudit readPolicy explainDecision readTransfers reloadPolicy
+    listTenants listRegions metrics hsmStatus hsmDrain hsmUndrain hsmDrill suspend revoke revokeVersion
+    freeze liftFreeze readFreezes approve readApprovals readCompliance
     """.split()  # noqa: SIM905  (twenty quoted words would not read better)
 )
 

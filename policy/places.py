@@ -25,6 +25,8 @@ from pydantic import (
     model_validator,
 )
 
+from policy.suppliers import Bar, Gap, SupplierEntry, Verdict, judge, wrong
+
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 RESERVED_TENANTS: Final = frozenset(
     {"root", "admin", "administrator", "default", "system", "platform", "installation", "skms", "internal", "none"}
@@ -65,7 +67,7 @@ class PlaceEntry(_Strict):
     trust_domain: StrictStr
 
 
-class TierEntry(_Strict):
+class TierEntry(Bar):
     """What typed code uses of a tier; thresholds of rules stand in the rules."""
 
     residency_within: StrictStr
@@ -102,6 +104,15 @@ class Charter(_Strict):
     tenants: dict[StrictStr, TenantEntry]
     legal_bases: tuple[StrictStr, ...] = ()
     transfer_agreements: dict[StrictStr, AgreementEntry] = {}  # none: nothing may cross
+    suppliers: dict[StrictStr, SupplierEntry] = {}
+
+    @field_validator("suppliers")
+    @classmethod
+    def _supplier_names(cls, suppliers: dict[str, SupplierEntry]) -> dict[str, SupplierEntry]:
+        for name in suppliers:
+            if NAME.fullmatch(name) is None:
+                raise wrong(f"supplier name {name!r}: lower-case letters, digits and hyphens", name)
+        return suppliers
 
     @field_validator("tenants")
     @classmethod
@@ -219,6 +230,45 @@ class Registry:
             if not places or not places <= known:
                 missing.append(f"{name} names approved places")
         return tuple(missing)
+
+    def verdict(
+        self,
+        *,
+        tenant: str,
+        tier: int,
+        home: str,
+        residency: frozenset[str],
+        execution: frozenset[str],
+        reach: frozenset[str],
+        egress: frozenset[str],
+        failover: frozenset[str],
+        suppliers: Iterable[str | None],
+        now: int,
+    ) -> Verdict:
+        """What a key lacks to meet its tier at `now` (us), its places and the suppliers of its region's HSMs together."""
+        if tier not in self._charter.tiers:  # of a row that somebody changed
+            return Verdict((Gap("the tier is 1, 2 or 3"),))
+        places = self.check_key(
+            tenant=tenant,
+            tier=tier,
+            home=home,
+            residency=residency,
+            execution=execution,
+            reach=reach,
+            egress=egress,
+            failover=failover,
+        )
+        labels = judge(self.bar(tier), self._charter.suppliers, suppliers, now)
+        return Verdict((*(Gap(what) for what in places), *labels.gaps), labels.since, labels.until)
+
+    def bar(self, tier: int) -> Mapping[str, int]:
+        """The least level of each label that a tier demands of the suppliers who hold its keys."""
+        return self._charter.tiers[tier].labels
+
+    @property
+    def suppliers(self) -> Mapping[str, SupplierEntry]:
+        """Every registered supplier, by name."""
+        return self._charter.suppliers
 
     def describe_places(self) -> list[dict[str, object]]:
         """Every place as operators see it."""

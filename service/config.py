@@ -65,6 +65,7 @@ class HsmSection(Struct, frozen=True, forbid_unknown_fields=True):
     token_serial: str = ""
     token_dir: Path | None = None
     backup: bool = False  # stored away: joined and verified, never served from
+    supplier: Annotated[str, Meta(pattern=r"^([a-z0-9][a-z0-9-]{0,62})?$")] = ""  # of the charter; none: no labels
     sessions: Annotated[int, Meta(ge=1, le=1_024)] = 8
     environment: dict[str, str] = {}
 

@@ -30,6 +30,7 @@ _EXAMPLES: Final = 3
 _DIFFERENCES: Final = 100
 _BUNDLE: Final = "policy-bundle/"
 _PREVIOUS: Final = "policy-before/"
+_SINCE: Final = "policy-since/"
 
 Callers = Callable[[Registry, Mapping[str, Any]], Iterable[Caller]]
 KeyFactsOf = Callable[[uuid.UUID], KeyFacts]
@@ -57,21 +58,28 @@ class Bundles:
         self._engine, self._settings = engine, Settings(engine)
         self._loaded = functools.lru_cache(maxsize=4)(self._load)
 
-    def keep(self, connection: Connection, policy: Policy, *, before: Policy | None = None) -> None:
-        """Keep a bundle, in the transaction that puts it in force."""
+    def keep(self, connection: Connection, policy: Policy, *, at: int, before: Policy | None = None) -> None:
+        """Keep a bundle, in the transaction that puts it in force at `at` (us)."""
         name = policy.digest[:32]
         files = {path: data.decode() for path, data in policy.bundle.sources.items()}
         Settings.put(connection, _BUNDLE + name, json.dumps(files, sort_keys=True))
+        if before is None or before.digest != policy.digest:
+            Settings.put(connection, _SINCE + name, str(at))
         if before is not None and before.digest != policy.digest:
             Settings.put(connection, _PREVIOUS + name, before.digest[:32])
 
-    def starting(self, policy: Policy) -> Bundles:
+    def since(self, policy: Policy) -> int | None:
+        """When a bundle came into force (us); None if an earlier release kept it."""
+        text = self._settings.get(_SINCE + policy.digest[:32])
+        return None if text is None else int(text)
+
+    def starting(self, policy: Policy, *, at: int) -> Bundles:
         """These, with the bundle that a node starts with kept; another worker may keep it at once."""
         if self._settings.get(_BUNDLE + policy.digest[:32]) is not None:
             return self
         try:
             with self._engine.begin() as connection:
-                self.keep(connection, policy)
+                self.keep(connection, policy, at=at)
         except IntegrityError:
             pass  # the other worker kept the same bytes
         return self

@@ -22,7 +22,7 @@ import softhsm
 import softhsm.nss
 from keystore.pkcs11 import TokenConfig, Transcript, initialise, join
 from policy import write_development
-from policy.bundle import SHIPPED, read
+from policy.bundle import DEVELOPMENT, SHIPPED, read
 from service.config import Config, load
 from service.devpki import Authority, write_private
 
@@ -237,6 +237,7 @@ def _toml(
             f'name = "softhsm-{label.removeprefix("skms-")}"',
             f'region = "{region}"',
             'vendor = "softhsm2"',
+            f'supplier = "{DEVELOPMENT}"',
             f'module = "{tokens.module}"',
             f'token_label = "{label}"',
             f'pin_file = "{tokens.pin_file(label)}"',
@@ -248,6 +249,7 @@ def _toml(
             f'name = "nss-{regions[0]}"',
             f'region = "{regions[0]}"',
             'vendor = "nss-test"',
+            f'supplier = "{DEVELOPMENT}"',
             f'module = "{second.module}"',
             f'token_label = "{second.label}"',
             f'token_dir = "{second.directory}"',

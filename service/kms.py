@@ -70,6 +70,7 @@ from policy.freeze import PASSING
 from policy.transfers import CODE, RULE, Agreement, crosses
 from policy.written import Digests
 from service.admission import Admission, Refusals
+from service.compliance import Bars, Compliance, Report
 from service.decisions import Decisions, Replay
 from service.outcome import (
     DENIED,
@@ -125,6 +126,7 @@ _DIRECTION: Final[Mapping[str, Direction]] = {
     "rewrap": "process",
     "reEncrypt": "process",
 }
+_BRINGING: Final = frozenset({"importKey"})  # material into an HSM: as a creation, only where the tier is met
 POLICY_SETTING: Final = "policy-digest"
 NO_USE: Final = Use()
 # What a witness answers, for the record: (`out`, `why`) by status of C2SP tlog-witness.
@@ -277,6 +279,7 @@ class Kms:
         shadow: Shadow,
         freezes: Freezes,
         decisions: Decisions,
+        bars: Bars,
         witness: Witness | None = None,
     ) -> None:
         self.node, self.region = node, region
@@ -285,7 +288,8 @@ class Kms:
         self.policy, self.shadow, self.freezes = policy_now, shadow, freezes
         self._load_policy, self._hsms, self._clock = load_policy, hsms, clock
         self._witness, self._strangers, self._refusals = witness, Admission(), Refusals(clock=clock)
-        self.decisions = decisions
+        self.decisions, self.bars = decisions, bars
+        self.compliance = Compliance(keystore, bars, clock=clock)
         self._digests = Digests()
         self.draining = False
         self.damaged_rows = 0  # uses of rows that somebody changed behind the service's back
@@ -422,9 +426,12 @@ class Kms:
             self._permit(entry, "rewrap", source, version=envelope.version)
             check_use(target, target.latest_number, "protect", now=self._clock())
         else:
-            # Whoever may use the other key can read this: two keys, two decisions, both must allow.
+            # Whoever may use the other key can read this: two keys, two decisions, both must allow. From a key below its
+            # bar there is this way out, to one that meets a bar as high.
+            leaving = target.tier <= source.tier
+            copies = target.residency | target.reach
             self._permit(entry, "encrypt", target)
-            self._permit(entry, "reEncrypt", source, version=envelope.version, target=target.residency | target.reach)
+            self._permit(entry, "reEncrypt", source, version=envelope.version, target=copies, leaving=leaving)
         self._go(entry)
         purpose = envelope.purpose
         if purpose not in {Purpose.ENCRYPT, Purpose.DATAKEY}:
@@ -542,9 +549,7 @@ class Kms:
 
         def decide(entry: _Entry) -> NewKey:
             self._allowed(entry, "createKey", self._tenant_of(ask), new=new)
-            missing = self.policy.registry.check_key(**_bar(new))
-            if missing:
-                raise TierNotMet(list(missing))
+            self._meets(new)
             self.keystore.supports(new)
             return new
 
@@ -738,6 +743,7 @@ class Kms:
             return Plan(key=None, write=write, applied=applied)
 
         await self.change_installation(ask, op, action, {"hsm": name}, plan)
+        self.bars.refresh()
         return self.fleet.group_of(name).member(name)
 
     async def read_installation(self, ask: Ask, op: str, action: str, read: Callable[[], T]) -> T:
@@ -786,6 +792,16 @@ class Kms:
 
         return await self._control(ask, op, parameters, permitted, plan, beside=True)
 
+    async def get_compliance(self, ask: Ask, *, after: str | None, limit: int) -> Report:
+        """The keys that do not meet their tier and what is missing: of the caller's tenant, or of all for the installation."""
+        now = self.policy
+
+        def read() -> Report:
+            since = self.decisions.bundles.since(now)
+            return self.compliance.report(now, since=since, tenant=ask.caller.tenant, after=after, limit=limit)
+
+        return await self.read_own(ask, "get_compliance", "readCompliance", read)
+
     async def get_policy(self, ask: Ask) -> Policy:
         """The policy in force."""
         async with self._recorded(_Entry(ask, "get_policy")) as entry:
@@ -804,7 +820,7 @@ class Kms:
 
             def write(connection: Connection) -> None:
                 Settings.put(connection, POLICY_SETTING, new.digest)
-                self.decisions.bundles.keep(connection, new, before=old)
+                self.decisions.bundles.keep(connection, new, at=self._clock(), before=old)
 
             def applied() -> None:
                 self.policy = new
@@ -1096,6 +1112,7 @@ class Kms:
         *,
         version: int | None = None,
         target: frozenset[str] = frozenset(),
+        leaving: bool = False,
     ) -> None:
         number = version or key.latest_number
         entry.key = key
@@ -1107,6 +1124,8 @@ class Kms:
         if entry.wanted is not None:
             entry.version = number
             check_use(key, number, entry.wanted, now=self._clock())
+        if (entry.wanted is not None or action in _BRINGING) and not leaving:
+            self._meets(key)
         if entry.use.purpose is not None:
             entry.facts["purpose"] = entry.use.purpose
         if declared := destination - entry.ask.caller.places:
@@ -1435,9 +1454,14 @@ class Kms:
         except policy.UnknownPlace:
             raise RequestInvalid((pointer, "unknown_place", "name places of the charter: GET /v1/regions")) from None
 
-    def tier_missing(self, key: Key) -> list[str]:
-        """What a key lacks to meet its tier; empty if it meets it."""
-        return list(self.policy.registry.check_key(**_bar(key)))
+    def tier_missing(self, key: Key | NewKey) -> list[str]:
+        """What a key lacks to meet its tier now; empty if it meets it."""
+        return [gap.what for gap in self.bars.verdict(self.policy.registry, key, self._clock()).gaps]
+
+    def _meets(self, key: Key | NewKey) -> None:
+        """TierNotMet unless a key meets its tier now."""
+        if missing := self.tier_missing(key):
+            raise TierNotMet(missing)
 
     async def load_tenant_secrets(self) -> None:
         """Have every tenant's audit key at hand before the first request, so that recording calls no HSM."""
@@ -1452,14 +1476,6 @@ def _planned(plan: Plan) -> Key:
     if plan.key is None:
         raise RuntimeError("this plan concerns no key")
     return plan.key
-
-
-def _bar(key: Key | NewKey) -> dict[str, Any]:
-    """What the tier's minimum bar looks at."""
-    return {
-        name: getattr(key, name)
-        for name in ("tenant", "tier", "home", "residency", "execution", "reach", "egress", "failover")
-    }
 
 
 def facts_of(key: Key, version: int) -> KeyFacts:

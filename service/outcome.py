@@ -49,7 +49,7 @@ class HsmStateInvalid(Exception):
 
 
 class TierNotMet(Exception):
-    """The key would not meet its tier; `missing` names each unmet condition."""
+    """The key does not meet its tier, or would not; `missing` names each unmet condition."""
 
     def __init__(self, missing: list[str]) -> None:
         super().__init__("tier not met: " + ", ".join(missing))

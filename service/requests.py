@@ -138,6 +138,33 @@ class _DrillMetrics(Collector):
         yield from (took, refused)
 
 
+class _ComplianceMetrics(Collector):
+    """Keys below the bar of their tier, and how long suppliers' labels are good for. Suppliers and labels are the charter's."""
+
+    def __init__(self, kms: Kms) -> None:
+        self._kms = kms
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges of each tier, and of each label of each supplier."""
+        registry, compliance = self._kms.policy.registry, self._kms.compliance
+        below = GaugeMetricFamily(
+            "skms_keys_below_tier", "Keys that do not meet their tier: any is refused", labels=["tier"]
+        )
+        ends = GaugeMetricFamily(
+            "skms_supplier_label_expires_seconds", "Time until a label ends", labels=["supplier", "label"]
+        )
+        try:
+            counts = {tier.tier: float(tier.below) for tier in compliance.tiers(registry)}
+        except Exception as error:  # the other metrics are wanted most when the database is away
+            log.warning("keys below their tier not counted", extra={"facts": {"error": type(error).__name__}})
+            counts = {}
+        for tier in (1, 2, 3):
+            below.add_metric([str(tier)], counts.get(tier, float("inf")))
+        for supplier, label, seconds in compliance.expiries(registry):
+            ends.add_metric([supplier, label], seconds)
+        yield from (below, ends)
+
+
 class _AuditState(Collector):
     """The state of this worker's chain: 1 for the one it is in."""
 
@@ -270,6 +297,7 @@ class Observer:
         )
         self.registry.register(_HsmMetrics(kms))
         self.registry.register(_DrillMetrics(operations))
+        self.registry.register(_ComplianceMetrics(kms))
         self._count("skms_policy_oracle_checked", "Decisions made again by Cedar itself", lambda: kms.shadow.checked)
         self._count(
             "skms_policy_oracle_mismatch", "Of those, decided otherwise: must be 0", lambda: kms.shadow.mismatches

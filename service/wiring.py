@@ -53,6 +53,7 @@ from service.app import create_app
 from service.approvals import load_approver
 from service.callers import callers
 from service.ceremonies import record_ceremonies
+from service.compliance import Bars
 from service.config import Config, FolderAnchor, HsmAnchor, SinkSection, WriteOnceAnchor
 from service.containment import Containment
 from service.database import close_engine, migrate, open_engine, ping
@@ -349,9 +350,14 @@ async def kms_of(
         freezes=Freezes(serving=functools.partial(serving, fleet), monotonic=boot_clock),
         decisions=Decisions(
             search,
-            Bundles(engine).starting(bundle),
+            Bundles(engine).starting(bundle, at=clock()),
             callers=callers(tokens, config.oidc),
             key_facts=lambda key_id: facts_of(found := keystore.by_id(key_id), found.latest_number),
+        ),
+        bars=Bars(
+            {h.name: h.supplier or None for h in config.hsm},
+            regions=fleet.groups,
+            serving=functools.partial(serving, fleet),
         ),
         witness=witness_of(
             config.witness,
@@ -611,6 +617,7 @@ async def poll(kms: Kms, settings: Settings) -> None:
     """Pick up what other workers changed, five times a second, for ever."""
     while True:
         await asyncio.sleep(POLL_S)
+        kms.bars.refresh()
         with contextlib.suppress(Exception):  # the next round tries again; readiness tells about the database
             # In threads: a database that hangs must not hang the event loop, which still has to say so.
             await asyncio.to_thread(kms.keystore.poll)

@@ -74,7 +74,7 @@ WHAT_TO_DO: Final[Mapping[str, str]] = {
     "algorithm_not_supported_by_hsm": "`skms hsm status` lists what each HSM can hold",
     "frozen": "a security officer stopped this; `skms freeze show` tells more to the officers and auditors of the tenant",
     "freeze_unconfirmed": "the node cannot read its freezes: look at its database, and at the alarms in its log",
-    "tier_not_met": "meet each missing condition, or choose another tier",
+    "tier_not_met": "meet each missing condition, or choose another tier; `skms compliance` lists keys below theirs",
 }
 
 

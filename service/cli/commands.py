@@ -750,6 +750,25 @@ def freeze_lift(freeze: Annotated[str, typer.Argument(help="its id")]) -> None:
         raise typer.Exit(WAITING)
 
 
+@app.command()
+def compliance() -> None:
+    """Keys that do not meet their tier, what is missing and since when; exit status 8 if there is one."""
+    client = options.client()
+    found = client.get("/v1/compliance", query={"page_size": "500"})
+    token = found.pop("next_page_token")
+    while token is not None:
+        more = client.get("/v1/compliance", query={"page_size": "500", "page_token": token})
+        found["items"] += more["items"]
+        token = more["next_page_token"]
+    if options.output == "json":
+        show(found)
+    else:
+        rows = [{**item, **gap} for item in found["items"] for gap in item["missing"]]
+        show_list(rows, "key_id", "tenant", "tier", "state", "what", "since", "evidence")
+    if found["items"]:
+        raise typer.Exit(FAILED_CHECK)
+
+
 @approval_app.command("list")
 def approval_list() -> None:
     """Requests for approval, newest first."""

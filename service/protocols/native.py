@@ -592,6 +592,14 @@ async def _cancel_approval(call: Call) -> Reply:
     return Reply(wire.approval_json(await call.app.containment.quorum.cancel(call.ask, call.path["approval"])))
 
 
+async def _get_compliance(call: Call) -> Reply:
+    limit, after = _page_size(call), _page_token(call, {})
+    found = await call.kms.get_compliance(call.ask, after=after, limit=limit)
+    told = wire.compliance_json(found)
+    page = _page(call, told["items"], told["items"][-1]["key_id"] if found.more else None, {})
+    return dataclasses.replace(page, body={**told, **page.body})
+
+
 def _policy_json(p: policy.Policy) -> dict[str, Any]:
     return {"digest": p.digest, "version": p.version, "development": p.development, "files": dict(p.files)}
 
@@ -1106,6 +1114,15 @@ ROUTES: Final[tuple[Route, ...]] = (
         body_optional=True,
         status=202,
         idempotent=True,
+    ),
+    Route(
+        "GET",
+        "/v1/compliance",
+        "get_compliance",
+        _get_compliance,
+        "Keys that do not meet their tier, what is missing and since when; tiers and suppliers as the charter has them",
+        wire.ComplianceAnswer,
+        query=_PAGE,
     ),
     Route("GET", "/v1/approvals", "list_approvals", _list_approvals, "Requests for approval", wire.ApprovalList),
     Route(

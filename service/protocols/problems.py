@@ -130,7 +130,7 @@ ERRORS: Final[dict[str, Row]] = {
     "policy_would_lock_out": Row(409, "The policy would lock everyone out"),
     "bundle_lost": Row(409, "The bundle that the record names is not at hand"),
     "facts_lost": Row(409, "The decision cannot be made again"),
-    "tier_not_met": Row(409, "The key would not meet its tier"),
+    "tier_not_met": Row(409, "The key does not meet its tier"),
     "idempotency_in_progress": Row(409, "The first request with this key is still running", True, 1),
     "etag_mismatch": Row(412, "The key changed; read it again"),
     "if_match_required": Row(428, "If-Match is required"),

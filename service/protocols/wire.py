@@ -15,8 +15,9 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from keystore import Admin, Key, KeyVersion, MemberStatus
-from policy import Freeze
+from policy import Freeze, Gap
 from policy.transfers import Agreement, instant
+from service.compliance import Report
 from service.containment import Contained
 from service.outcome import RequestInvalid
 from service.quorum import Standing
@@ -461,6 +462,61 @@ def freeze_json(freeze: Freeze, lifted_at: int | None) -> dict[str, Any]:
     }
 
 
+def compliance_json(found: Report) -> dict[str, Any]:
+    """Which keys do not meet their tier, and what the tiers and suppliers are."""
+    known = found.policy.registry.suppliers
+    return {
+        "at": moment(found.at),
+        "policy": found.policy.digest[:12],
+        "policy_since": None if found.since is None else moment(found.since),
+        "tiers": [{"tier": t.tier, "labels": dict(t.labels), "keys": t.keys, "below": t.below} for t in found.tiers],
+        "suppliers": [
+            {
+                "name": name,
+                "jurisdiction": about.jurisdiction,
+                "hsms": [hsm for hsm, supplier in found.hsms.items() if supplier == name],
+                "labels": [
+                    {
+                        "label": label,
+                        "level": entry.level,
+                        "evidence": entry.evidence,
+                        "valid_until": entry.valid_until,
+                        "ended": entry.ends <= found.at,
+                    }
+                    for label, entry in about.labels.items()
+                ],
+            }
+            for name, about in known.items()
+        ],
+        "hsms_without_supplier": [hsm for hsm, supplier in found.hsms.items() if supplier not in known],
+        "items": [
+            {
+                "key_id": str(below.key.id),
+                "tenant": below.key.placed.tenant,
+                "tier": below.key.placed.tier,
+                "home": below.key.placed.home,
+                "state": below.key.state,
+                "missing": [_gap_json(gap, found.since) for gap in below.gaps],
+            }
+            for below in found.below
+        ],
+    }
+
+
+def _gap_json(gap: Gap, policy_since: int | None) -> dict[str, Any]:
+    since = gap.since if gap.since is not None or not gap.charter else policy_since
+    return {
+        "what": gap.what,
+        "supplier": gap.supplier,
+        "label": gap.label,
+        "level": gap.level,
+        "wanted": gap.wanted,
+        "evidence": gap.evidence,
+        "valid_until": gap.valid_until,
+        "since": None if since is None else moment(since),
+    }
+
+
 def contained_json(found: Contained) -> dict[str, Any]:
     """A freeze, and how far it got."""
     reach, last = found.reach, found.last_success
@@ -718,6 +774,59 @@ class FreezeAnswer(Struct):
     drill: bool
     since: str
     lifted_at: str | None
+
+
+class TierBarAnswer(Struct):
+    tier: int
+    labels: dict[str, int]
+    keys: int
+    below: int
+
+
+class SupplierLabelAnswer(Struct):
+    label: str
+    level: int
+    evidence: str
+    valid_until: str
+    ended: bool
+
+
+class SupplierAnswer(Struct):
+    name: str
+    jurisdiction: str
+    hsms: list[str]
+    labels: list[SupplierLabelAnswer]
+
+
+class GapAnswer(Struct):
+    what: str
+    supplier: str | None
+    label: str | None
+    level: int | None
+    wanted: int | None
+    evidence: str | None
+    valid_until: str | None
+    since: str | None
+
+
+class BelowTierAnswer(Struct):
+    key_id: str
+    tenant: str
+    tier: int
+    home: str
+    state: str
+    missing: list[GapAnswer]
+
+
+class ComplianceAnswer(Struct):
+    at: str
+    policy: str
+    policy_since: str | None
+    tiers: list[TierBarAnswer]
+    suppliers: list[SupplierAnswer]
+    hsms_without_supplier: list[str]
+    items: list[BelowTierAnswer]
+    next_page_token: str | None
 
 
 class FreezeList(Struct):

@@ -63,7 +63,7 @@ COMMANDS = {
     "list_hsms": "hsm status", "drain_hsm": "hsm drain", "undrain_hsm": "hsm undrain",
     "start_drill": "drill exit", "list_drills": "drill list", "get_drill": "drill show", "get_operation": "drill show",
     "drill_report": "drill report", "abort_drill": "drill abort", "confirm_drill": "drill confirm",
-    "get_policy": "policy show", "reload_policy": "policy reload",
+    "get_compliance": "compliance", "get_policy": "policy show", "reload_policy": "policy reload",
     "freeze": "freeze start", "list_freezes": "freeze list", "get_freeze": "freeze show", "freeze_drill": "freeze drill",
     "lift_freeze": "freeze lift", "list_approvals": "approval list", "get_approval": "approval show",
     "sign_approval": "approval add", "cancel_approval": "approval cancel",

@@ -1,0 +1,175 @@
+"""Whether keys meet the bars of their tiers now: their places, and the labels of who supplies their region's HSMs.
+
+A tier is a minimum that is met at all times, not at creation alone. Every use asks `Bars`, which answers from memory: what
+was found for keys of the same tier, tenant and places holds until a label ends, another bundle is in force, or other HSMs
+serve. What is unknown (an HSM without a supplier, a supplier without a label, a region without an HSM) is not met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from keystore import Keystore, Located, Placed
+from policy import Gap, Policy, Registry, Verdict
+
+_KEPT: Final = 4096
+
+
+class _Tiered(Protocol):
+    """What the bar of a tier looks at, of a key or of one that is to be."""
+
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def tier(self) -> int: ...
+    @property
+    def home(self) -> str: ...
+    @property
+    def residency(self) -> frozenset[str]: ...
+    @property
+    def execution(self) -> frozenset[str]: ...
+    @property
+    def reach(self) -> frozenset[str]: ...
+    @property
+    def egress(self) -> frozenset[str]: ...
+    @property
+    def failover(self) -> frozenset[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was found under one registry while the same HSMs served."""
+
+    registry: Registry | None
+    serving: Mapping[str, frozenset[str]]  # region -> HSMs that may be called
+    found: dict[tuple[object, ...], Verdict] = field(default_factory=dict)
+
+
+class Bars:
+    """The bars of the tiers as this worker knows them. `supplied` names the supplier of each HSM, None if it has none.
+
+    `serving` gives the HSMs of a region that may be called: one that is drained holds no key up.
+    """
+
+    def __init__(
+        self, supplied: Mapping[str, str | None], *, regions: Iterable[str], serving: Callable[[str], frozenset[str]]
+    ) -> None:
+        self._supplied, self._regions, self._serving = dict(supplied), tuple(regions), serving
+        self._known = _Known(None, {})
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again which HSMs serve. Memory only."""
+        serving = {region: self._serving(region) for region in self._regions}
+        if serving != self._known.serving:
+            self._known = _Known(self._known.registry, serving)
+
+    def verdict(self, registry: Registry, key: _Tiered, now: int) -> Verdict:
+        """What a key lacks at `now` (us), and how long that holds. One look into memory but for the first of its kind."""
+        known = self._known
+        if known.registry is not registry:
+            known = self._known = _Known(registry, known.serving)
+        kind = (key.tenant, key.tier, key.home, key.residency, key.execution, key.reach, key.egress, key.failover)
+        found = known.found.get(kind)
+        if found is None or not found.since <= now < found.until:
+            if len(known.found) >= _KEPT:
+                known.found.clear()
+            found = known.found[kind] = registry.verdict(
+                tenant=key.tenant,
+                tier=key.tier,
+                home=key.home,
+                residency=key.residency,
+                execution=key.execution,
+                reach=key.reach,
+                egress=key.egress,
+                failover=key.failover,
+                suppliers={self._supplied.get(hsm) for hsm in known.serving.get(key.home, ())},
+                now=now,
+            )
+        return found
+
+    def hsms(self) -> dict[str, str | None]:
+        """The HSMs that serve here, and the supplier of each."""
+        serving = {hsm for names in self._known.serving.values() for hsm in names}
+        return {hsm: self._supplied.get(hsm) for hsm in sorted(serving)}
+
+
+@dataclass(frozen=True, slots=True)
+class TierReport:
+    """A tier: what it demands of suppliers, its keys (destroyed ones apart), and how many of them are below its bar."""
+
+    tier: int
+    labels: Mapping[str, int]
+    keys: int
+    below: int
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A key that does not meet its tier."""
+
+    key: Located
+    gaps: Sequence[Gap]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What does not meet its tier at a moment (us) under a policy, in the order of keys' ids; `more` follow.
+
+    `since` (us) is when the policy's bundle came into force, if that is known; `hsms` those that serve and their suppliers.
+    """
+
+    at: int
+    policy: Policy
+    since: int | None
+    tiers: Sequence[TierReport]
+    hsms: Mapping[str, str | None]
+    below: Sequence[Below]
+    more: bool
+
+
+class Compliance:
+    """The keys of the installation against the bars of their tiers. Calls the database."""
+
+    def __init__(self, keystore: Keystore, bars: Bars, *, clock: Callable[[], int]) -> None:
+        self._keystore, self._bars, self._clock = keystore, bars, clock
+
+    def tiers(self, registry: Registry, *, tenant: str | None = None) -> list[TierReport]:
+        """The keys of each tier and how many are below its bar: a tenant's, or (None) all."""
+        found = self._keystore.placed(tenant)
+        return self._counted(registry, found, self._low([kind for kind, _ in found], registry, self._clock()))
+
+    def expiries(self, registry: Registry) -> Iterator[tuple[str, str, float]]:
+        """Each label of each supplier, and in how many seconds it ends; below 0 once it has."""
+        now = self._clock()
+        for name, about in registry.suppliers.items():
+            for label, entry in about.labels.items():
+                yield name, label, (entry.ends - now) / 1e6
+
+    def report(self, policy: Policy, *, since: int | None, tenant: str | None, after: str | None, limit: int) -> Report:
+        """Up to `limit` keys below their bar after an id: a tenant's, or (None) all."""
+        registry, now, found = policy.registry, self._clock(), self._keystore.placed(tenant)
+        low = self._low([kind for kind, _ in found], registry, now)
+        named = self._keystore.located(list(low), after=after, limit=limit + 1) if low else []
+        below = [Below(key, low[key.placed].gaps) for key in named[:limit]]
+        tiers = self._counted(registry, found, low)
+        return Report(now, policy, since, tiers, self._bars.hsms(), below, len(named) > limit)
+
+    def _low(self, kinds: Iterable[Placed], registry: Registry, now: int) -> dict[Placed, Verdict]:
+        verdicts = ((kind, self._bars.verdict(registry, kind, now)) for kind in kinds)
+        return {kind: verdict for kind, verdict in verdicts if verdict.gaps}
+
+    def _counted(
+        self, registry: Registry, found: Sequence[tuple[Placed, int]], low: Mapping[Placed, Verdict]
+    ) -> list[TierReport]:
+        return [
+            TierReport(
+                tier,
+                registry.bar(tier),
+                sum(n for kind, n in found if kind.tier == tier),
+                sum(n for kind, n in found if kind.tier == tier and kind in low),
+            )
+            for tier in (1, 2, 3)
+        ]
