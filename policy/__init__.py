@@ -15,9 +15,10 @@ from policy.request import (
     Resource,
     TenantFacts,
 )
-from policy.suppliers import Gap, SupplierEntry, Verdict
+from policy.suppliers import NO_HSM, Gap, SupplierEntry, Verdict
 
 __all__ = [
+    "NO_HSM",
     "Attest",
     "Bundle",
     "BundleRefused",

@@ -119,6 +119,9 @@ class Gap(NamedTuple):
     charter: bool = True  # whether the charter says so, and not what serves on this node
 
 
+NO_HSM: Final = Gap("an HSM of the key's region serves on this node", charter=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What is missing, and between which moments (microseconds) that is so while bundle and HSMs stay the same."""
@@ -136,7 +139,7 @@ def judge(
         return Verdict(())
     names = sorted(set(used), key=lambda n: n or "")
     if not names:
-        return Verdict((Gap("an HSM of the key's region serves on this node", charter=False),))
+        return Verdict((NO_HSM,))
     gaps: list[Gap] = []
     since, until = -FOREVER, FOREVER
     for name in names:

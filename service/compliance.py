@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from keystore import Keystore, Located, Placed
-from policy import Gap, Policy, Registry, Verdict
+from policy import NO_HSM, Gap, Policy, Registry, Verdict
 
 _KEPT: Final = 4096
 
@@ -56,13 +56,13 @@ class Bars:
     def __init__(
         self, supplied: Mapping[str, str | None], *, regions: Iterable[str], serving: Callable[[str], frozenset[str]]
     ) -> None:
-        self._supplied, self._regions, self._serving = dict(supplied), tuple(regions), serving
+        self._supplied, self.regions, self._serving = dict(supplied), frozenset(regions), serving
         self._known = _Known(None, {})
         self.refresh()
 
     def refresh(self) -> None:
         """Look again which HSMs serve. Memory only."""
-        serving = {region: self._serving(region) for region in self._regions}
+        serving = {region: self._serving(region) for region in self.regions}
         if serving != self._known.serving:
             self._known = _Known(self._known.registry, serving)
 
@@ -98,12 +98,16 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class TierReport:
-    """A tier: what it demands of suppliers, its keys (destroyed ones apart), and how many of them are below its bar."""
+    """A tier: what it demands of suppliers, its keys (destroyed ones apart), and how many of them are below its bar.
+
+    `elsewhere` are keys that meet all but what only a node with HSMs of their region can tell; this one refuses them.
+    """
 
     tier: int
     labels: Mapping[str, int]
     keys: int
     below: int
+    elsewhere: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ class Compliance:
     def tiers(self, registry: Registry, *, tenant: str | None = None) -> list[TierReport]:
         """The keys of each tier and how many are below its bar: a tenant's, or (None) all."""
         found = self._keystore.placed(tenant)
-        return self._counted(registry, found, self._low([kind for kind, _ in found], registry, self._clock()))
+        return self._counted(registry, found, self._low(found, registry, self._clock()))
 
     def expiries(self, registry: Registry) -> Iterator[tuple[str, str, float]]:
         """Each label of each supplier, and in how many seconds it ends; below 0 once it has."""
@@ -151,25 +155,28 @@ class Compliance:
     def report(self, policy: Policy, *, since: int | None, tenant: str | None, after: str | None, limit: int) -> Report:
         """Up to `limit` keys below their bar after an id: a tenant's, or (None) all."""
         registry, now, found = policy.registry, self._clock(), self._keystore.placed(tenant)
-        low = self._low([kind for kind, _ in found], registry, now)
-        named = self._keystore.located(list(low), after=after, limit=limit + 1) if low else []
+        low = self._low(found, registry, now)
+        told = [kind for kind, verdict in low.items() if not self._elsewhere(kind, verdict)]
+        named = self._keystore.located(told, after=after, limit=limit + 1) if told else []
         below = [Below(key, low[key.placed].gaps) for key in named[:limit]]
         tiers = self._counted(registry, found, low)
         return Report(now, policy, since, tiers, self._bars.hsms(), below, len(named) > limit)
 
-    def _low(self, kinds: Iterable[Placed], registry: Registry, now: int) -> dict[Placed, Verdict]:
-        verdicts = ((kind, self._bars.verdict(registry, kind, now)) for kind in kinds)
+    def _low(self, found: Iterable[tuple[Placed, int]], registry: Registry, now: int) -> dict[Placed, Verdict]:
+        verdicts = ((kind, self._bars.verdict(registry, kind, now)) for kind, _ in found)
         return {kind: verdict for kind, verdict in verdicts if verdict.gaps}
 
     def _counted(
         self, registry: Registry, found: Sequence[tuple[Placed, int]], low: Mapping[Placed, Verdict]
     ) -> list[TierReport]:
-        return [
-            TierReport(
-                tier,
-                registry.bar(tier),
-                sum(n for kind, n in found if kind.tier == tier),
-                sum(n for kind, n in found if kind.tier == tier and kind in low),
-            )
-            for tier in (1, 2, 3)
-        ]
+        told = []
+        for tier in (1, 2, 3):
+            keys = [(kind, n) for kind, n in found if kind.tier == tier]
+            all_low = sum(n for kind, n in keys if kind in low)
+            elsewhere = sum(n for kind, n in keys if kind in low and self._elsewhere(kind, low[kind]))
+            total = sum(n for _, n in keys)
+            told.append(TierReport(tier, registry.bar(tier), total, all_low - elsewhere, elsewhere))
+        return told
+
+    def _elsewhere(self, kind: Placed, verdict: Verdict) -> bool:
+        return verdict.gaps == (NO_HSM,) and kind.home not in self._bars.regions

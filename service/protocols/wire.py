@@ -469,7 +469,10 @@ def compliance_json(found: Report) -> dict[str, Any]:
         "at": moment(found.at),
         "policy": found.policy.digest[:12],
         "policy_since": None if found.since is None else moment(found.since),
-        "tiers": [{"tier": t.tier, "labels": dict(t.labels), "keys": t.keys, "below": t.below} for t in found.tiers],
+        "tiers": [
+            {"tier": t.tier, "labels": dict(t.labels), "keys": t.keys, "below": t.below, "elsewhere": t.elsewhere}
+            for t in found.tiers
+        ],
         "suppliers": [
             {
                 "name": name,
@@ -781,6 +784,7 @@ class TierBarAnswer(Struct):
     labels: dict[str, int]
     keys: int
     below: int
+    elsewhere: int
 
 
 class SupplierLabelAnswer(Struct):

@@ -225,6 +225,36 @@ def test_signing_tokens_policy_and_audit_from_the_command_line(node: Served, tmp
     assert {r["record"]["op"] for r in found} == {"sign"}
 
 
+def test_compliance_has_a_status_of_its_own_while_a_key_is_below_its_tier(node: Served) -> None:
+    key = skms(node, "health-operator", "key", "create", "--spec", "AES_256", "--tier", "1", "--home", "eu-de-1")["id"]
+    told = skms(node, "health-auditor", "compliance")
+    assert (told["items"], told["tiers"][0]["labels"]) == ([], {"SOV-2": 3, "SOV-3": 3})
+    assert told["suppliers"][0]["hsms"] == ["softhsm-eu-de-1"]
+    charter = node.directory / "policy" / "charter.yaml"
+    good = charter.read_text()
+    version = skms(node, "health-auditor", "policy", "show")["version"]
+
+    def put(text: str, number: int) -> None:
+        charter.write_text(re.sub(r'^"version": \d+', f'"version": {number}', text, flags=re.MULTILINE))
+        skms(node, "platform", "policy", "reload")
+
+    put(good.replace("9999-12-31", "2020-02-29"), version + 1)
+    try:
+        command = [sys.executable, "-m", "service.cli.main", "--dev-dir", str(node.directory), "--identity"]
+        asked = [*command, "health-auditor", "-o", "json", "compliance"]
+        done = subprocess.run(asked, capture_output=True, cwd=ROOT, check=False)
+        assert done.returncode == 8, done.stderr
+        (item,) = [item for item in json.loads(done.stdout)["items"] if item["key_id"] == key]
+        assert {gap["since"] for gap in item["missing"]} == {"2020-03-01T00:00:00.000Z"}
+        table = subprocess.run([*command, "platform", "compliance"], capture_output=True, cwd=ROOT, check=False)
+        assert table.returncode == 8, table.stderr
+        assert b"SOV-2" in table.stdout
+        assert "skms compliance" in skms(node, "health-eu-de-1", "encrypt", key, status=5, stdin=b"x")
+    finally:
+        put(good, version + 2)
+    assert "ciphertext" in skms(node, "health-eu-de-1", "encrypt", key, stdin=b"x")
+
+
 def test_a_node_is_found_stopped_and_told_apart(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service.cli.main", "dev"]
     assert (

@@ -273,6 +273,24 @@ async def test_an_hsm_whose_supplier_is_unknown_holds_no_tier_with_a_bar(
         assert [(s["name"], s["hsms"]) for s in told["suppliers"]] == [("development", [])]
 
 
+async def test_a_node_without_hsms_of_a_region_refuses_its_keys_and_leaves_the_list_to_others(
+    dev_files: Files, tmp_path: Path
+) -> None:
+    files = apart(dev_files, tmp_path)
+    async with lab_of(files) as lab:
+        here, there = await new_key(lab, "AES_256", tier=1), await new_key(lab, "AES_256", tier=1, home="eu-de-2")
+    config = structs.replace(files.config, hsm=tuple(h for h in files.config.hsm if h.region == "eu-de-1"))
+    async with lab_of(dataclasses.replace(files, config=config)) as lab:
+        assert (await encrypt(lab, here)).status_code == 200
+        refused = await encrypt(lab, there)
+        assert refused.json()["code"] == "tier_not_met"
+        told = await read(lab, "health-auditor")
+        assert told["items"] == []
+        assert told["tiers"][0] == {
+            "tier": 1, "labels": {"SOV-2": 3, "SOV-3": 3}, "keys": 2, "below": 0, "elsewhere": 1,
+        }  # fmt: skip
+
+
 async def test_no_key_is_made_that_would_not_meet_its_tier(ending: Lab) -> None:
     lab = ending
     good = labels(SOV_2="9999-12-31", SOV_3="9999-12-31")
