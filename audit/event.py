@@ -30,8 +30,8 @@ OPERATIONS: Final[frozenset[str]] = frozenset(
     """
     encrypt decrypt rewrap data_key unwrap_data_key sign verify mac verify_mac random create_key get_key list_keys
     update_key rotate_key enable_key disable_key compromise_key schedule_deletion cancel_deletion complete_deletion
-    import_parameters import_key
-    destroy_key list_versions revoke_version get_public_key get_impact put_alias delete_alias list_aliases list_tenants
+    import_parameters import_key destroy_key set_key_policy
+    list_versions revoke_version get_public_key get_impact put_alias delete_alias list_aliases list_tenants
     list_regions list_hsms get_policy reload_policy search_records audit_status
     audit_checkpoint audit_consistency audit_proof audit_tile tenant_bundle export_records create_token list_tokens
     revoke_token get_decision whoami get_operation start stop hsm_lost hsm_back watermark bundle_active

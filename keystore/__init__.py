@@ -51,7 +51,7 @@ from keystore.key import (
     WrongState,
 )
 from keystore.rewrap import Rewrapping, RewrapRow
-from keystore.store import Batch, Keystore, NewKey, Plan, Sealed, check_use
+from keystore.store import Batch, Bounds, Keystore, NewKey, Plan, Sealed, check_use
 
 __all__ = [
     "EXTERNAL",
@@ -59,6 +59,7 @@ __all__ = [
     "AlgorithmMismatch",
     "AliasInUse",
     "Batch",
+    "Bounds",
     "Catalog",
     "ContextRefused",
     "DataKeeper",

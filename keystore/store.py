@@ -166,6 +166,46 @@ class NewKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """What bounds the use of a key, or new values of some of it; None leaves one as it is. All places are regions."""
+
+    tier: int | None = None
+    residency: frozenset[str] | None = None
+    execution: frozenset[str] | None = None
+    reach: frozenset[str] | None = None
+    egress: frozenset[str] | None = None
+    failover: frozenset[str] | None = None
+    purposes: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, key: Key) -> Bounds:
+        """All that bounds a key now."""
+        return cls(**{f.name: getattr(key, f.name) for f in dataclasses.fields(cls)})
+
+    def shown(self) -> dict[str, Any]:
+        """The new values as JSON, sets in order."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: sorted(value) if isinstance(value, frozenset) else list(value) if isinstance(value, tuple) else value
+            for name, value in found.items()
+            if value is not None
+        }
+
+    def on(self, key: Key) -> Key:
+        """The key with these bounds, not yet under a MAC. InputRefused, KeyDestroyed."""
+        if key.state is KeyState.DESTROYED:
+            raise KeyDestroyed(f"key {key.id} was destroyed")
+        if self.residency is not None and not self.residency <= key.residency:
+            raise InputRefused("/residency", "widens", "residency never widens: make a key there and rewrap")
+        if self.purposes is not None and len(set(self.purposes)) != len(self.purposes):
+            raise InputRefused("/purposes", "repeated", "each purpose once")
+        bounded = dataclasses.replace(key, **{name: getattr(self, name) for name in self.shown()})
+        if bounded == key:
+            raise InputRefused("", "unchanged", "name at least one new value")
+        return bounded
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A change that is ready: `write` makes it durable, `applied` makes this process see it at once."""
 
@@ -647,16 +687,23 @@ class Keystore:
         self._authentic(key)
         return self._update(key, (), delete_at=None)
 
-    def plan_destroy(self, key: Key) -> Plan:
-        """Destroy every copy, once the waiting time is over; WrongState before."""
+    def plan_destroy(self, key: Key, *, approved: bool = False) -> Plan:
+        """Destroy every copy, once the waiting time is over or if a quorum `approved` it; WrongState before."""
         if key.state is KeyState.DESTROYED:
             raise KeyDestroyed(f"key {key.id} was destroyed")
-        if key.delete_at is None or key.delete_at > self._clock():
+        waited = key.delete_at is not None and key.delete_at <= self._clock()
+        if not waited and not approved:
             raise WrongState(key.id, key.api_state)
         self._authentic(key)
         emptied = tuple(dataclasses.replace(v, state=KeyState.DESTROYED, blob=b"") for v in key.versions)
         numbers = tuple(v.number for v in emptied)
         return self._update(key, numbers, erase=True, versions=emptied, state=KeyState.DESTROYED, delete_at=None)
+
+    def plan_bounds(self, key: Key, bounds: Bounds) -> Plan:
+        """Change what bounds the use of a key; whether it meets its tier then is the caller's to see to. InputRefused."""
+        bounded = bounds.on(key)
+        self._authentic(key)
+        return self._update(key, (), **{name: getattr(bounded, name) for name in bounds.shown()})
 
     def plan_revoke_version(self, key: Key, number: int) -> Plan:
         """Take one version out of use, for ever. The newest cannot be revoked: rotate first."""

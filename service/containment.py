@@ -27,7 +27,7 @@ from policy.rows import BEAT_S, FreezeRows, FreezeRowsDamaged, Reach
 from service.approvals import Asked
 from service.kms import Ask, Kms
 from service.outcome import NotFound, RequestInvalid
-from service.quorum import Quorum, Standing
+from service.quorum import Kind, Quorum, Standing
 
 log: Final = logging.getLogger("skms.containment")
 alarm: Final = logging.getLogger("skms.alarm")
@@ -84,7 +84,7 @@ class Containment:
         self._changed = asyncio.Event()
         self._ended, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        quorum.executes(LIFT, self._lifted)
+        quorum.executes(LIFT, Kind("liftFreeze", self._lifted))
 
     # ---- asked -----------------------------------------------------------------------------------------------------
 
@@ -156,11 +156,15 @@ class Containment:
 
         return await self.quorum.ask(ask, LIFT, "liftFreeze", wanted)
 
-    def _lifted(self, connection: Connection, asked: Asked, proof: Mapping[str, object]) -> Callable[[], None]:
+    def _lifted(self, asked: Asked, approvals: Mapping[str, str]) -> Plan:
         """Lift a freeze as it was asked and approved; FreezeGone if somebody else's lift came first."""
-        freeze_id = str(asked.parameters["freeze"])
-        self._rows.lift(connection, freeze_id, officer=asked.requester, at=self._clock(), approvals=proof)
-        return self._wake.set
+        proof = {"request": asked.to_json(), "approvals": dict(approvals)}
+
+        def write(connection: Connection) -> None:
+            freeze_id = str(asked.parameters["freeze"])
+            self._rows.lift(connection, freeze_id, officer=asked.requester, at=self._clock(), approvals=proof)
+
+        return Plan(key=None, write=write, applied=self._wake.set)
 
     def _visible(self, ask: Ask) -> Iterator[tuple[Freeze, int | None]]:
         tenant = ask.caller.tenant

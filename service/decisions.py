@@ -144,6 +144,11 @@ class Decisions:
         self._search, self.bundles = search, bundles
         self._callers, self._key_facts = callers, key_facts
 
+    def caller(self, registry: Registry, identity: str, tenant: str) -> Caller | None:
+        """Who an identity of a tenant is in a registry's eyes; None if it is nobody there, or cannot be told."""
+        found = list(self._callers(registry, {"actor": identity, "tenant": tenant}))
+        return found[0] if len(found) == 1 and found[0].tenant == tenant else None
+
     def record(self, decision: str, *, tenant: str | None) -> dict[str, Any] | None:
         """The record of a decision, a tenant's own or (None) any; None if there is none."""
         return self._search.decision(decision, tenant=tenant)

@@ -10,6 +10,7 @@ with the change itself.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 from sqlalchemy import Connection
@@ -76,6 +78,7 @@ from service.outcome import (
     DENIED,
     ERROR,
     FAILED,
+    ApprovalClosed,
     Draining,
     EtagMismatch,
     IncorrectKey,
@@ -129,6 +132,9 @@ _DIRECTION: Final[Mapping[str, Direction]] = {
 _BRINGING: Final = frozenset({"importKey"})  # material into an HSM: as a creation, only where the tier is met
 POLICY_SETTING: Final = "policy-digest"
 NO_USE: Final = Use()
+NO_FACTS: Final[Mapping[str, Any]] = MappingProxyType({})
+APPROVAL_REQUIRED: Final = "approval_required"  # the code of a denial that more approvals may turn
+MOST_APPROVALS: Final = 16  # as many as a configuration may ask for
 # What a witness answers, for the record: (`out`, `why`) by status of C2SP tlog-witness.
 _WITNESS_REFUSALS: Final = {
     400: (FAILED, "request_malformed"),
@@ -777,20 +783,109 @@ class Kms:
         decide: Callable[[str], T],
         plan: Callable[[T], Plan],
         *,
-        approval: str | None = None,
+        facts: Mapping[str, Any] = NO_FACTS,
+        region: str | None = None,
     ) -> Plan:
         """Change something of the caller's tenant, or of the installation for its own people.
 
-        `decide` gets the decision's id; it and `plan` reach no HSM. `approval` is the approval request this is about.
+        `decide` gets the decision's id. `plan` reaches the HSM of `region`, or none. `facts` stand in the records, those
+        that `decide` and `plan` add to them too.
         """
 
         def permitted(entry: _Entry) -> T:
-            if approval is not None:
-                entry.facts["appr"] = (approval,)
             self._allowed(entry, action, self._tenant_of(ask))
             return decide(entry.id)
 
-        return await self._control(ask, op, parameters, permitted, plan, beside=True)
+        beside = region is None
+        return await self._control(ask, op, parameters, permitted, plan, facts=facts, region=region, beside=beside)
+
+    async def ask_of_key(
+        self,
+        ask: Ask,
+        op: str,
+        action: str,
+        key: str,
+        parameters: Mapping[str, object],
+        decide: Callable[[str, Key, int], T],
+        plan: Callable[[T], Plan],
+        *,
+        facts: Mapping[str, Any] = NO_FACTS,
+        withdrawing: bool = False,
+    ) -> Plan:
+        """Store something about a change of a key that the policy allows the caller once enough others approve it.
+
+        `decide` gets the decision's id, the key and how many approvals the rules ask for; it and `plan` reach no HSM.
+        `withdrawing` such a request stays possible while the key is frozen or was changed.
+        """
+
+        def permitted(entry: _Entry) -> T:
+            found = self.keystore.find(self._tenant(ask), key)
+            needed = self._approvable(entry, action, found, passing=withdrawing)
+            if ask.if_match is not None and ask.if_match != found.kv:
+                raise EtagMismatch(f"key {found.id} is at {found.kv}")
+            made = decide(entry.id, found, needed)
+            if ask.dry_run and not withdrawing and entry.decision is not None and not entry.decision.allowed:
+                raise policy.Denied(entry.decision)  # what the caller would be told: it takes approvals
+            return made
+
+        return await self._control(ask, op, {"key": key, **parameters}, permitted, plan, facts=facts, beside=True)
+
+    def approvals_needed(self, caller: str, action: str, key: Key) -> int:
+        """How few approvals the rules would ask for if this member asked now; 0 if no number of them would do."""
+        request = self._approved_request(caller, action, key, "unspecified")
+        found = None if request is None else self._least(request)
+        return 0 if found is None or not self.policy.decide(found).allowed else found.approvals
+
+    def approved(self, caller: str, action: str, key: Key, *, approvals: int, reason: str) -> bool:
+        """Whether a member may do this to a key, now and with so many approvals; False while the rules want more of them.
+
+        Denied if they do not help: the member left, or has another role. Frozen, FreezeUnconfirmed if it may, but not yet.
+        """
+        request = self._approved_request(caller, action, key, reason)
+        if request is None:
+            raise ApprovalClosed("who asked is no member any more, so nobody asks for this: ask again")
+        # Rare, and not to be taken back: both engines must allow it.
+        decision = self.policy.decide_twice(dataclasses.replace(request, approvals=approvals))
+        if decision.code == APPROVAL_REQUIRED:
+            return False
+        if not decision.allowed:
+            raise policy.Denied(decision)
+        self._thawed(self._touching(request.caller, key, request.caller.places))
+        return True
+
+    def _approved_request(self, caller: str, action: str, key: Key, reason: str) -> policy.Request | None:
+        """What the policy is asked for somebody who is not the one that calls; None if that is no member any more."""
+        found = self.decisions.caller(self.policy.registry, caller, key.tenant)
+        if found is None:
+            return None
+        return policy.Request(
+            caller=found,
+            action=action,
+            resource=facts_of(key, key.latest_number),
+            now=self._clock() // 1_000_000,
+            hsm=key.home,
+            via=frozenset({self.region}),
+            purpose=self._purpose(NO_USE, key),
+            reason=reason,
+        )
+
+    def _approvable(self, entry: _Entry, action: str, key: Key, *, passing: bool) -> int:
+        """How few approvals the rules ask for; raises Denied where none help. The record tells why it takes approvals."""
+        request = self._asked(entry, action, key, passing=passing)
+        least = self._least(request)
+        if passing or not self.policy.decide(least).allowed:
+            self._decide(entry, least)
+        else:
+            self._judge(entry, request)
+        return least.approvals
+
+    def _least(self, request: policy.Request) -> policy.Request:
+        """The request with the fewest approvals that the rules do not call too few."""
+        for count in range(MOST_APPROVALS):
+            tried = dataclasses.replace(request, approvals=count)
+            if self.policy.decide(tried).code != APPROVAL_REQUIRED:
+                return tried
+        return dataclasses.replace(request, approvals=MOST_APPROVALS)
 
     async def get_compliance(self, ask: Ask, *, after: str | None, limit: int) -> Report:
         """The keys that do not meet their tier and what is missing: of the caller's tenant, or of all for the installation."""
@@ -1114,12 +1209,29 @@ class Kms:
         target: frozenset[str] = frozenset(),
         leaving: bool = False,
     ) -> None:
+        self._decide(entry, self._asked(entry, action, key, version=version, target=target, leaving=leaving))
+
+    def _asked(
+        self,
+        entry: _Entry,
+        action: str,
+        key: Key,
+        *,
+        version: int | None = None,
+        target: frozenset[str] = frozenset(),
+        passing: bool = False,
+        leaving: bool = False,
+    ) -> policy.Request:
+        """What the policy is to be asked about a key; raises if freeze, state or tier forbid it.
+
+        `passing`: no freeze does. `leaving`: no bar of its tier does.
+        """
         number = version or key.latest_number
         entry.key = key
         entry.facts |= {"key": str(key.id), "kv": key.kv, "tier": key.tier, "region": key.home}
         destination = self._destination(entry)
-        if action not in PASSING:
-            self._unfrozen(entry, self._touching(entry.ask, key, destination))
+        if action not in PASSING and not passing:
+            self._unfrozen(entry, self._touching(entry.ask.caller, key, destination))
         entry.wanted = _DIRECTION.get(action)
         if entry.wanted is not None:
             entry.version = number
@@ -1130,20 +1242,17 @@ class Kms:
             entry.facts["purpose"] = entry.use.purpose
         if declared := destination - entry.ask.caller.places:
             entry.facts["dest"] = tuple(sorted(declared))
-        self._decide(
-            entry,
-            policy.Request(
-                caller=entry.ask.caller,
-                action=action,
-                resource=facts_of(key, number),
-                now=entry.ask.arrived // 1_000_000,  # the record's own time: a recompute has it too
-                hsm=key.home,
-                via=frozenset({self.region}),
-                dest=destination if action in _RELEASES else frozenset(),
-                target=target,
-                purpose=self._purpose(entry.use, key),
-                reason=self._reason(entry),
-            ),
+        return policy.Request(
+            caller=entry.ask.caller,
+            action=action,
+            resource=facts_of(key, number),
+            now=entry.ask.arrived // 1_000_000,  # the record's own time: a recompute has it too
+            hsm=key.home,
+            via=frozenset({self.region}),
+            dest=destination if action in _RELEASES else frozenset(),
+            target=target,
+            purpose=self._purpose(entry.use, key),
+            reason=self._reason(entry),
         )
 
     def _still_agreed(self, decision: Decision) -> None:
@@ -1151,10 +1260,10 @@ class Kms:
         if self._clock() >= self.policy.agreements.ends(decision.rules) * 1_000_000:
             raise policy.Denied(Decision(False, CODE, (), RULE, decision.digest))
 
-    def _touching(self, ask: Ask, key: Key, destination: frozenset[str]) -> Touched:
+    def _touching(self, caller: Caller, key: Key, destination: frozenset[str]) -> Touched:
         return Touched(
             key.tenant,
-            ask.caller.id,
+            caller.id,
             key.home,
             destination | {self.region},
             key=str(key.id),
@@ -1198,6 +1307,12 @@ class Kms:
         )
 
     def _decide(self, entry: _Entry, request: policy.Request) -> None:
+        decision = self._judge(entry, request)
+        if not decision.allowed:
+            raise policy.Denied(decision)
+
+    def _judge(self, entry: _Entry, request: policy.Request) -> Decision:
+        """What the policy says, for the record too."""
         entry.facts["facts"] = self._digests.of(request)
         # Within one batch the same question has the same answer.
         decision = entry.memo.get(request) if entry.memo is not None else None
@@ -1212,11 +1327,9 @@ class Kms:
         else:
             entry.facts.pop("rule", None)  # of an earlier decision for the same record
         if crosses(decision) and request.purpose:
-            entry.facts["purpose"] = (
-                request.purpose
-            )  # also where the key has no other: a crossing is told for what it was
-        if not decision.allowed:
-            raise policy.Denied(decision)
+            # Also where the key has no other: a crossing is told for what it was.
+            entry.facts["purpose"] = request.purpose
+        return decision
 
     def _purpose(self, use: Use, key: Key) -> str:
         if use.purpose is not None:
@@ -1335,6 +1448,7 @@ class Kms:
         decide: Callable[[_Entry], T],
         plan: Callable[[T], Plan],
         *,
+        facts: Mapping[str, Any] = NO_FACTS,
         region: str | None = None,
         slow: bool = False,
         beside: bool = False,
@@ -1343,13 +1457,15 @@ class Kms:
 
         `slow` acts make or take in keys, which may take seconds: they never run on the event loop. Stopping a key is not
         slow: it must not wait for its turn beside a loop that is busy with the uses it stops. `beside` acts reach no HSM
-        and compute for long: they run on a thread of their own.
+        and compute for long: they run on a thread of their own. `facts` may grow on the way: each record has those of
+        its time.
         """
         entry = _Entry(ask, op, rh=request_hash(op, parameters))
         ask.decision_id = entry.id
         try:
             self._accepting(op)
             subject = decide(entry)
+            entry.facts |= facts
             if ask.dry_run and entry.decision is not None:
                 raise WouldAllow(entry.decision)
         except Exception as error:
@@ -1365,8 +1481,10 @@ class Kms:
             else:
                 made = await self._at(home, lambda: plan(subject), slow=slow)
         except Exception as error:
+            done.facts |= facts
             ask.receipt = await self.log.append(self._record(done, error, kind=event.Outcome))
             raise
+        done.facts |= facts
         await self._commit(ask, done, made)
         return made
 

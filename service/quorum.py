@@ -1,27 +1,51 @@
 """What needs more than one person: asked by one, approved by others with keys of their own, executed once by the service.
 
 Approvals are signatures over the digest of the exact request (`service.approvals`); who hands them in does not matter. The
-one that completes the quorum executes the request, in the transaction that stores it: two at once cannot both.
+one that completes the quorum executes the request, in the transaction that stores it: two at once cannot both. What an
+execution needs of an HSM is prepared before that transaction, and void if the request changed meanwhile.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from keystore import Plan
+from keystore import Key, Plan
 from service.approvals import Approval, ApprovalRefused, Approver, Asked, check
-from service.kms import Ask, Kms
+from service.kms import APPROVAL_REQUIRED, Ask, Kms
 from service.outcome import ApprovalClosed, NotFound
 from service.rows import ApprovalRows, StoredApproval
 
 OPEN: Final = "open"
-# Executes a request in the caller's transaction, with the proof to be stored; what it returns runs after COMMIT.
-Execute = Callable[[Connection, Asked, Mapping[str, object]], Callable[[], None]]
+OUTDATED: Final = "outdated"  # what it is about was changed since: what was signed is not what would be done
+ATTEMPTS: Final = 8  # at a signature while others change the same request
+NAMED: Final = 14  # approvers that a record names beside the request and its digest
+
+
+class _Moved(Exception):
+    """Somebody else changed the request since it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How requests of a kind are withdrawn and executed.
+
+    `prepare` gets the approvals that count (approver -> signature in hex) and makes the plan that carries the request
+    out; None while the rules want more of them, and whatever it raises refuses the signature. `needed` tells how many
+    they want, `outdated` why the request can never be executed any more, `region` whose HSM `prepare` reaches.
+    """
+
+    action: str  # whose permission withdraws such a request
+    prepare: Callable[[Asked, Mapping[str, str]], Plan | None]
+    needed: Callable[[Asked], int] = lambda _: 0
+    outdated: Callable[[Asked], str] = lambda _: ""
+    region: Callable[[Asked], str | None] = lambda _: None
+    key: Callable[[Asked], str | None] = lambda _: None  # the key that it is about
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +60,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A request and how it stands: open, executed, cancelled or expired; `approvers` are those who count now."""
+    """A request and how it stands: open, executed, cancelled, expired or outdated; `approvers` are those who count now."""
 
     asked: Asked
     state: str
@@ -44,16 +68,30 @@ class Standing:
     needed: int
 
 
+@dataclass(slots=True)
+class _Made:
+    """A request in the making, and what its records tell."""
+
+    asked: Asked | None = None
+    needed: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def standing(self) -> Standing:
+        if self.asked is None:
+            raise RuntimeError("nothing was asked for")
+        return Standing(self.asked, OPEN, (), self.needed)
+
+
 class Quorum:
     """The requests of this installation. `clock` gives microseconds."""
 
     def __init__(self, kms: Kms, rows: ApprovalRows, rule: Rule, *, clock: Callable[[], int]) -> None:
         self._kms, self._rows, self._rule, self._clock = kms, rows, rule, clock
-        self._execute: dict[str, Execute] = {}
+        self._kinds: dict[str, Kind] = {}
 
-    def executes(self, kind: str, execute: Execute) -> None:
+    def executes(self, kind: str, how: Kind) -> None:
         """How requests of a kind are executed."""
-        self._execute[kind] = execute
+        self._kinds[kind] = how
 
     async def ask(
         self, ask: Ask, kind: str, action: str, wanted: Callable[[], tuple[str | None, Mapping[str, object]]]
@@ -62,75 +100,108 @@ class Quorum:
 
         `wanted` gives the tenant it concerns and its parameters; its id is the decision's.
         """
-        made: list[Asked] = []
+        made = _Made()
 
         def decide(decision: str) -> Asked:
             tenant, parameters = wanted()
-            now, rule = self._clock(), self._rule
-            expires = now + rule.lifetime_s * 1_000_000
-            asked = Asked(decision, rule.installation, kind, tenant, parameters, ask.caller.id, now, expires)
-            able = [a for a in rule.approvers if not self._unfit(a, asked)]
-            if len(able) < rule.needed:
-                raise ApprovalRefused(
-                    f"{len(able)} approvers may approve this and {rule.needed} must: see [[approvals.approver]]"
-                )
-            made.append(asked)
+            return self._made(made, ask, kind, decision, tenant, parameters, self._rule.needed)
+
+        await self._kms.change_own(ask, kind, action, {"kind": kind}, decide, self._stored, facts=made.facts)
+        return made.standing()
+
+    async def ask_of_key(
+        self,
+        ask: Ask,
+        kind: str,
+        key: str,
+        parameters: Mapping[str, object],
+        wanted: Callable[[Key], Mapping[str, object]],
+    ) -> Standing:
+        """As `ask`, for a change of a key that the policy allows once enough approve: how many, its rules say.
+
+        `parameters` are what the caller asked for, `wanted` makes of them what is signed.
+        """
+        made = _Made()
+
+        def decide(decision: str, found: Key, needed: int) -> Asked:
+            asked = self._made(made, ask, kind, decision, found.tenant, wanted(found), needed)
+            made.facts["why"] = APPROVAL_REQUIRED
             return asked
 
-        def plan(asked: Asked) -> Plan:
-            new = StoredApproval(asked.id, asked.tenant, asked.to_json(), OPEN, {}, asked.created)
-            return Plan(key=None, write=lambda c: self._rows.insert(c, new), applied=lambda: None)
-
-        await self._kms.change_own(ask, kind, action, {"kind": kind}, decide, plan)
-        return Standing(made[0], OPEN, (), self._rule.needed)
+        action = self._kinds[kind].action
+        await self._kms.ask_of_key(ask, kind, action, key, parameters, decide, self._stored, facts=made.facts)
+        return made.standing()
 
     async def sign(self, ask: Ask, approval_id: str, approver: str, signature: bytes) -> Standing:
         """Add a signature, and execute the request if that completes the quorum.
 
         NotFound, ApprovalClosed, ApprovalRefused; whatever the execution raises undoes the signature too.
         """
-        after: list[Callable[[], None]] = []
+        region = await asyncio.to_thread(self._region, approval_id)
+        for _ in range(ATTEMPTS):
+            try:
+                await self._sign(ask, approval_id, approver, signature, region)
+            except _Moved:
+                continue
+            return self._found(ask, approval_id)
+        raise ApprovalClosed(f"request {approval_id} is changing: look at it and hand the signature in again")
 
-        def write(connection: Connection) -> None:
-            stored = self._opened(self._rows.held(connection, approval_id), ask)
-            asked = Asked.of(stored.content)
-            self._signed(asked, stored, Approval(approver, asked.kind, asked.digest(), signature))
-            changed = dataclasses.replace(stored, approvals={**stored.approvals, approver: signature.hex()})
-            counted = self._counted(asked, changed)
-            if len(counted) >= self._rule.needed:
-                proof = {"request": asked.to_json(), "approvals": {n: changed.approvals[n] for n in counted}}
-                after.append(self._execute[asked.kind](connection, asked, proof))
+    async def _sign(self, ask: Ask, approval_id: str, approver: str, signature: bytes, region: str | None) -> None:
+        facts: dict[str, Any] = {"appr": (approval_id,)}
+
+        def plan(_: None) -> Plan:
+            seen = self._opened(self._rows.get(approval_id), ask)
+            asked = Asked.of(seen.content)
+            self._signed(asked, seen, Approval(approver, asked.kind, asked.digest(), signature))
+            changed = dataclasses.replace(seen, approvals={**seen.approvals, approver: signature.hex()})
+            counted = {name: changed.approvals[name] for name in self._counted(asked, changed)}
+            facts["appr"] = (approval_id, asked.digest(), *counted)[: NAMED + 2]
+            execution = self._kinds[asked.kind].prepare(asked, counted) if len(counted) >= self._rule.needed else None
+            if execution is not None:
                 changed = dataclasses.replace(changed, state="executed")
-            self._rows.update(connection, changed)
 
-        def applied() -> None:
-            for run in after:
-                run()
+            def write(connection: Connection) -> None:
+                if self._rows.held(connection, approval_id) != seen:
+                    raise _Moved
+                self._opened(seen, ask)  # its time may have come to an end meanwhile
+                if execution is not None:
+                    execution.write(connection)
+                self._rows.update(connection, changed)
+
+            if execution is None:
+                return Plan(key=None, write=write, applied=lambda: None)
+            return Plan(key=execution.key, write=write, applied=execution.applied)
 
         parameters = {"approval": approval_id, "approver": approver, "signature": signature.hex()}
-        plan = Plan(key=None, write=write, applied=applied)
         await self._kms.change_own(
-            ask, "sign_approval", "approve", parameters, lambda _: None, lambda _: plan, approval=approval_id
+            ask, "sign_approval", "approve", parameters, lambda _: None, plan, facts=facts, region=region
         )
-        return self._found(ask, approval_id)
 
     async def cancel(self, ask: Ask, approval_id: str) -> Standing:
         """Withdraw a request before it is executed: whoever may ask for such a thing may."""
 
         def write(connection: Connection) -> None:
-            stored = self._opened(self._rows.held(connection, approval_id), ask)
+            stored = self._opened(self._rows.held(connection, approval_id), ask, withdrawing=True)
             self._rows.update(connection, dataclasses.replace(stored, state="cancelled"))
 
         plan = Plan(key=None, write=write, applied=lambda: None)
-        await self._kms.change_own(
-            ask,
-            "cancel_approval",
-            "liftFreeze",
-            {"approval": approval_id},
-            lambda _: None,
-            lambda _: plan,
-            approval=approval_id,
-        )
+        op, parameters, facts = "cancel_approval", {"approval": approval_id}, {"appr": (approval_id,)}
+        how, key = await asyncio.to_thread(self._about, approval_id)
+        if how is not None and key is not None:
+            await self._kms.ask_of_key(
+                ask,
+                op,
+                how.action,
+                key,
+                parameters,
+                lambda *_: None,
+                lambda _: plan,
+                facts=facts,
+                withdrawing=True,
+            )
+        else:
+            action = "liftFreeze" if how is None else how.action
+            await self._kms.change_own(ask, op, action, parameters, lambda _: None, lambda _: plan, facts=facts)
         return self._found(ask, approval_id)
 
     async def show(self, ask: Ask, approval_id: str) -> Standing:
@@ -147,6 +218,47 @@ class Quorum:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
+    def _made(
+        self,
+        made: _Made,
+        ask: Ask,
+        kind: str,
+        decision: str,
+        tenant: str | None,
+        parameters: Mapping[str, object],
+        wanted: int,
+    ) -> Asked:
+        now, rule = self._clock(), self._rule
+        expires, needed = now + rule.lifetime_s * 1_000_000, max(wanted, rule.needed)
+        asked = Asked(decision, rule.installation, kind, tenant, parameters, ask.caller.id, now, expires)
+        able = self._distinct(a for a in rule.approvers if not self._unfit(a, asked))
+        if len(able) < needed:
+            raise ApprovalRefused(
+                f"{len(able)} approvers may approve this and {needed} must: see [[approvals.approver]]"
+            )
+        made.asked, made.needed = asked, needed
+        made.facts["appr"] = (asked.id, asked.digest())
+        return asked
+
+    def _stored(self, asked: Asked) -> Plan:
+        new = StoredApproval(asked.id, asked.tenant, asked.to_json(), OPEN, {}, asked.created)
+        return Plan(key=None, write=lambda c: self._rows.insert(c, new), applied=lambda: None)
+
+    def _about(self, approval_id: str) -> tuple[Kind | None, str | None]:
+        """What kind of request it is, and the key it is about; whoever asks learns of it only by what it may do."""
+        stored = self._rows.get(approval_id)
+        if stored is None:
+            return None, None
+        asked = Asked.of(stored.content)
+        how = self._kinds.get(asked.kind)
+        return how, None if how is None else how.key(asked)
+
+    def _region(self, approval_id: str) -> str | None:
+        """The region whose HSM the execution of a request reaches."""
+        stored = self._rows.get(approval_id)
+        asked = None if stored is None else Asked.of(stored.content)
+        return None if asked is None or asked.kind not in self._kinds else self._kinds[asked.kind].region(asked)
+
     def _found(self, ask: Ask, approval_id: str) -> Standing:
         return self._standing(self._visible(self._rows.get(approval_id), ask))
 
@@ -156,36 +268,55 @@ class Quorum:
             raise NotFound("no such request")
         return stored
 
-    def _opened(self, found: StoredApproval | None, ask: Ask) -> StoredApproval:
+    def _opened(self, found: StoredApproval | None, ask: Ask, *, withdrawing: bool = False) -> StoredApproval:
         stored = self._visible(found, ask)
         state = self._standing(stored).state
-        if state != OPEN:
-            raise ApprovalClosed(f"request {stored.id} is {state}")
+        if state not in ({OPEN, OUTDATED} if withdrawing else {OPEN}):
+            why = self._outdated(Asked.of(stored.content)) if state == OUTDATED else ""
+            raise ApprovalClosed(f"request {stored.id} is {state}{why and ': '}{why}")
         return stored
 
     def _standing(self, stored: StoredApproval) -> Standing:
-        asked = Asked.of(stored.content)
-        late = stored.state == OPEN and self._clock() > asked.expires
-        counted = self._counted(asked, stored)
-        return Standing(asked, "expired" if late else stored.state, counted, self._rule.needed)
+        asked, state = Asked.of(stored.content), stored.state
+        how = self._kinds.get(asked.kind)
+        if state == OPEN and self._clock() > asked.expires:
+            state = "expired"
+        elif state == OPEN and self._outdated(asked):
+            state = OUTDATED
+        needed = max(self._rule.needed, 0 if how is None else how.needed(asked))
+        return Standing(asked, state, self._counted(asked, stored), needed)
+
+    def _outdated(self, asked: Asked) -> str:
+        how = self._kinds.get(asked.kind)
+        return "this release executes no such request" if how is None else how.outdated(asked)
 
     def _counted(self, asked: Asked, stored: StoredApproval) -> tuple[str, ...]:
         """Who approves as of now: an approver who left the configuration, or whose key did, counts no more."""
         found = []
         for name, signature in sorted(stored.approvals.items()):
             try:
-                self._fit(asked, Approval(name, asked.kind, asked.digest(), bytes.fromhex(signature)))
+                found.append(self._fit(asked, Approval(name, asked.kind, asked.digest(), bytes.fromhex(signature))))
             except ApprovalRefused:
                 continue
-            found.append(name)
-        return tuple(found)
+        return tuple(a.name for a in self._distinct(found))
+
+    def _distinct(self, approvers: Iterable[Approver]) -> list[Approver]:
+        """One of each person: neither a second key nor a second login makes somebody two."""
+        found: list[Approver] = []
+        for approver in approvers:
+            if not any(self._one_person(approver, other) for other in found):
+                found.append(approver)
+        return found
+
+    def _one_person(self, a: Approver, b: Approver) -> bool:
+        same = a.name == b.name or a.key.public_bytes_raw() == b.key.public_bytes_raw()
+        return same or bool(self._persons(a.identities) & self._persons(b.identities))
 
     def _signed(self, asked: Asked, stored: StoredApproval, new: Approval) -> None:
         """ApprovalRefused unless this is one more approver's right signature over exactly this request."""
         signer = self._fit(asked, new)
-        raw = signer.key.public_bytes_raw()
         others = [a for a in self._rule.approvers if a.name in stored.approvals]
-        if any(a.name == signer.name or a.key.public_bytes_raw() == raw for a in others):
+        if any(self._one_person(signer, other) for other in others):
             raise ApprovalRefused(f"{signer.name} has approved already: each officer counts once")
 
     def _fit(self, asked: Asked, approval: Approval) -> Approver:

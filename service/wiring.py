@@ -66,6 +66,7 @@ from service.identity.api_token import ApiTokenProvider
 from service.identity.mtls import MtlsProvider
 from service.identity.oidc import OidcProvider
 from service.jobs import Forwarding, Scheduler, archive_old, index, notarise
+from service.keyrequests import KeyRequests
 from service.kms import POLICY_SETTING, Kms, facts_of
 from service.protocols.native import Limits, Native
 from service.quorum import Quorum, Rule
@@ -405,6 +406,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
             identity,
             drills=drills,
             containment=containment,
+            requests=KeyRequests(kms, containment.quorum),
             idempotency=Idempotency(engine, clock=clock),
             health=health,
             observer=observer,

@@ -371,6 +371,43 @@ def key_cancel_deletion(key: Key) -> None:
     show(options.client().change("POST", f"/v1/keys/{key}/cancel-deletion", key))
 
 
+@key_app.command("destroy")
+def key_destroy(
+    key: Key,
+    reason: Annotated[str, typer.Option(help="a reason code, for the record and those who approve")] = "",
+) -> None:
+    """Ask for the destruction of a key without a waiting time; exit status 6: done once a quorum has signed."""
+    _ask(f"/v1/keys/{key}/destroy", key, {"reason": {"code": reason}} if reason else None)
+
+
+@key_app.command("set-policy")
+def key_set_policy(
+    key: Key,
+    tier: Annotated[int, typer.Option(min=0, max=3, help="1 to 3")] = 0,
+    residency: Annotated[list[str], typer.Option(help="it never widens")] = [],
+    execution: Annotated[list[str], typer.Option()] = [],
+    reach: Annotated[list[str], typer.Option()] = [],
+    egress: Annotated[list[str], typer.Option()] = [],
+    failover: Annotated[list[str], typer.Option()] = [],
+    purpose: Annotated[list[str], typer.Option()] = [],
+    reason: Annotated[str, typer.Option(help="a reason code, for the record and those who approve")] = "",
+) -> None:
+    """Ask for another tier, other places or purposes of a key; exit status 6: done once a quorum has signed."""
+    wanted: dict[str, Any] = {"tier": tier, "residency": residency, "execution": execution, "reach": reach}
+    wanted |= {"egress": egress, "failover": failover, "purposes": purpose}
+    body = {name: value for name, value in wanted.items() if value}
+    if not body:
+        raise Failed(USAGE, "name at least one of --tier, --residency, --execution, --reach, --egress, --purpose, ...")
+    _ask(f"/v1/keys/{key}/policy", key, body | ({"reason": {"code": reason}} if reason else {}))
+
+
+def _ask(path: str, key: str, body: dict[str, Any] | None) -> None:
+    """Ask for what takes approvals of others (`skms approval sign`)."""
+    show(options.client().change("POST", path, key, body, idempotent=True))
+    if not options.dry_run:
+        raise typer.Exit(WAITING)
+
+
 @key_app.command("versions")
 def key_versions(key: Key) -> None:
     """A key's versions."""

@@ -28,14 +28,15 @@ from audit.chain import BUNDLE as FULL_TILE
 from audit.log import Unavailable
 from audit.witness import MAX_BODY as MAX_SUBMISSION
 from audit.witness import Answer
-from keystore import Import, Key, KeySpec, KeyUsage, ListFilter, NewKey, Rotation, Wrapping
+from keystore import Bounds, Import, Key, KeySpec, KeyUsage, ListFilter, NewKey, Rotation, Wrapping
 from policy import Caller
 from policy.explain import shown
 from service.containment import Containment, NewFreeze
 from service.drills import Drills, ExitDrill
 from service.health import Health
 from service.identity import Authenticator, Unidentified
-from service.kms import Ask, ItemResult, Kms, Unusable, WouldAllow
+from service.keyrequests import KeyRequests
+from service.kms import APPROVAL_REQUIRED, Ask, ItemResult, Kms, Unusable, WouldAllow
 from service.outcome import EtagMismatch, EtagMissing, NotFound, PageTokenInvalid, RequestInvalid
 from service.protocols import wire
 from service.protocols.dataplane import PLANES, Plane
@@ -54,6 +55,7 @@ from service.protocols.problems import (
     problem_of,
 )
 from service.protocols.strict_json import Invalid, Malformed, convert, loads
+from service.quorum import Standing
 from service.requests import Observer, uuid7
 from service.rows import Idempotency, InProgress, NewToken, Replay, Reused
 from service.work import Work
@@ -399,6 +401,24 @@ async def _schedule_deletion(call: Call) -> Reply:
     return _key_reply(call, await call.kms.schedule_deletion(call.ask, call.path["key"], wait))
 
 
+async def _destroy(call: Call) -> Reply:
+    _remember_waiting(call)
+    return _waiting(await call.app.requests.destroy(call.ask, call.path["key"]))
+
+
+async def _set_key_policy(call: Call) -> Reply:
+    b: wire.KeyPolicyBody = call.body
+    places = {
+        name: call.kms.places(f"/{name}", named)
+        for name in ("residency", "execution", "reach", "egress", "failover")
+        if (named := getattr(b, name)) is not None
+    }
+    purposes = None if b.purposes is None else tuple(b.purposes)
+    _remember_waiting(call)
+    bounds = Bounds(tier=b.tier, purposes=purposes, **places)
+    return _waiting(await call.app.requests.set_policy(call.ask, call.path["key"], bounds))
+
+
 async def _versions(call: Call) -> Reply:
     key = await call.kms.get_key(call.ask, call.path["key"])
     return Reply({"items": [wire.version_json(v) for v in key.versions]})
@@ -556,17 +576,27 @@ async def _get_freeze(call: Call) -> Reply:
 
 
 async def _lift_freeze(call: Call) -> Reply:
+    _remember_waiting(call)
+    return _waiting(await call.app.containment.lift(call.ask, call.path["freeze"]))
+
+
+def _waiting(standing: Standing) -> Reply:
+    """The answer to what was asked for and takes approvals."""
+    shown = {**wire.approval_json(standing), "code": APPROVAL_REQUIRED}
+    return Reply(shown, 202, _approval_location(standing.asked.id))
+
+
+def _remember_waiting(call: Call) -> None:
+    """Store the request's id as the idempotent answer: how it stands may be another thing by then."""
     claim = call.claim
 
     def remember(connection: Any, _: Any) -> None:
         if claim is not None:
-            answer = json.dumps({"id": call.ask.decision_id, "state": "open"}).encode()
+            answer = {"id": call.ask.decision_id, "state": "open", "code": APPROVAL_REQUIRED}
             headers = _approval_location(call.ask.decision_id or "")
-            call.app.idempotency.finish(connection, *claim, 202, answer, headers)
+            call.app.idempotency.finish(connection, *claim, 202, json.dumps(answer).encode(), headers)
 
     call.ask.remember = remember
-    standing = await call.app.containment.lift(call.ask, call.path["freeze"])
-    return Reply(wire.approval_json(standing), 202, _approval_location(standing.asked.id))
 
 
 def _approval_location(approval_id: str) -> tuple[tuple[str, str], ...]:
@@ -979,6 +1009,31 @@ ROUTES: Final[tuple[Route, ...]] = (
         idempotent=True,
         if_match="required",
     ),
+    Route(
+        "POST",
+        "/v1/keys/{key}/destroy",
+        "destroy_key",
+        _destroy,
+        "Ask for the destruction of a key without a waiting time: done once a quorum has signed the request",
+        wire.ApprovalAnswer,
+        wire.WhyBody,
+        body_optional=True,
+        status=202,
+        idempotent=True,
+        if_match="required",
+    ),
+    Route(
+        "POST",
+        "/v1/keys/{key}/policy",
+        "set_key_policy",
+        _set_key_policy,
+        "Ask for another tier, other places or purposes of a key: done once a quorum has signed the request",
+        wire.ApprovalAnswer,
+        wire.KeyPolicyBody,
+        status=202,
+        idempotent=True,
+        if_match="required",
+    ),
     Route("GET", "/v1/keys/{key}/versions", "list_versions", _versions, "A key's versions", wire.VersionList),
     Route(
         "POST",
@@ -1318,6 +1373,7 @@ class Native:
         *,
         drills: Drills,
         containment: Containment,
+        requests: KeyRequests,
         idempotency: Idempotency,
         health: Health,
         observer: Observer,
@@ -1325,7 +1381,7 @@ class Native:
         clock: Callable[[], int],
     ) -> None:
         self.kms, self.identity, self.idempotency, self.drills = kms, identity, idempotency, drills
-        self.containment = containment
+        self.containment, self.requests = containment, requests
         self.health, self.observer, self.limits, self._clock = health, observer, limits, clock
         self._exact = {(r.method, r.path): r for r in ROUTES if "{" not in r.path}
         self._patterns = [(r, _pattern(r.path)) for r in ROUTES if "{" in r.path]

@@ -211,6 +211,19 @@ class CreateKeyBody(Struct, forbid_unknown_fields=True, kw_only=True):
     tags: Tags = {}
 
 
+class KeyPolicyBody(Struct, forbid_unknown_fields=True, kw_only=True):
+    """New values of what bounds a key; what is left out stays. `residency` never widens."""
+
+    tier: Annotated[int, Meta(ge=1, le=3)] | None = None
+    residency: Places | None = None
+    execution: Places | None = None
+    reach: Places | None = None
+    egress: Places | None = None
+    failover: list[PlaceName] | None = None
+    purposes: Annotated[list[Purpose], Meta(min_length=1, max_length=32)] | None = None
+    reason: Reason | None = None
+
+
 class PatchKeyBody(Struct, forbid_unknown_fields=True, kw_only=True):
     description: Annotated[str, Meta(max_length=1_024)] | UnsetType = UNSET
     tags: Tags | UnsetType = UNSET
@@ -861,7 +874,7 @@ class ContainedAnswer(FreezeAnswer):
 
 class ApprovalAnswer(Struct):
     id: str
-    state: Literal["open", "executed", "cancelled", "expired"]
+    state: Literal["open", "executed", "cancelled", "expired", "outdated"]
     kind: str
     request: dict[str, Any]
     digest: str
@@ -869,6 +882,7 @@ class ApprovalAnswer(Struct):
     approvers: list[str]
     created_at: str
     expires_at: str
+    code: Literal["approval_required"] | UnsetType = UNSET  # of the answer to who asked
 
 
 class ApprovalList(Struct):

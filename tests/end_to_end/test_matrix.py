@@ -43,7 +43,10 @@ OPERATIONS: dict[str, tuple[str, frozenset[str], bool]] = {
     "mac": ("mac", frozenset({"workload"}), True),
     "verify-mac": ("mac", frozenset({"workload"}), True),
     "describe": ("encrypt", frozenset({"workload", "operator", "officer", "custodian", "auditor"}), False),
+    "destroy": ("encrypt", frozenset({"operator"}), False),
+    "policy": ("encrypt", frozenset({"officer"}), False),
 }
+ASKED = {"destroy", "policy"}  # by one, for others to approve: and this node has no approvers
 OPERATOR_ROLES = ("operator", "officer", "custodian", "auditor")
 
 
@@ -62,6 +65,8 @@ def expected(*, same_tenant: bool, region: str, tier: int, state: str, role: str
         faults.add("policy_denied")
     if region not in TIERS[tier].get("reach", ["eu-de-1"]):
         faults.add("region_not_allowed")
+    if not faults and operation in ASKED:
+        return {"key_destroyed" if state == "destroyed" else "approval_refused"}
     return faults or {"ok"}
 
 
@@ -147,6 +152,10 @@ def request(keys: Keys, tier: int, state: str, operation: str) -> tuple[str, str
             return "POST", f"{path}/mac", {"message": B64, "algorithm": "HMAC_SHA_256"}
         case "verify-mac":
             return "POST", f"{path}/verify-mac", {"message": B64, "algorithm": "HMAC_SHA_256", "mac": B64}
+        case "destroy":
+            return "POST", f"{path}/destroy", {}
+        case "policy":
+            return "POST", f"{path}/policy", {"purposes": ["other"]}
     return "GET", path, {}
 
 
@@ -170,7 +179,13 @@ async def test_every_cell_is_decided_as_the_table_says(lab: Lab, pkcs11_calls: A
             same_tenant=tenant == "health", region=region, tier=tier, state=state, role=role, operation=operation
         )
         method, path, body = request(keys, tier, state, operation)
-        answer = await lab.client(name).request(method, path, json=body or None if method == "GET" else body)
+        asking = {"If-Match": "*", "Idempotency-Key": f"{name}-{tier}-{state}-{operation}"}
+        answer = await lab.client(name).request(
+            method,
+            path,
+            json=body or None if method == "GET" else body,
+            headers=asking if operation in ASKED else None,
+        )
         code = "ok" if answer.status_code < 300 else answer.json()["code"]
         seen[code] += 1
         if code not in wanted:
