@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import Connection
 
-from keystore import Bounds, Key, KeyDestroyed, KeyNotFound, KeyState, Plan, StaleKey
+from keystore import Bounds, Key, KeyDestroyed, KeyNotFound, KeyState, Plan, RowDamaged, StaleKey
 from service.approvals import ApprovalRefused, Asked
 from service.kms import Ask, Kms
 from service.outcome import ApprovalClosed, TierNotMet
@@ -88,7 +88,7 @@ class KeyRequests:
             Kind(
                 action,
                 prepare,
-                needed=lambda asked: self._kms.approvals_needed(asked.requester, action, self._key(asked)),
+                needed=lambda asked: self._needed(asked, action),
                 outdated=self._outdated,
                 region=lambda asked: self._key(asked).home,
                 key=lambda asked: str(asked.parameters["key"]),
@@ -106,8 +106,17 @@ class KeyRequests:
             raise KeyNotFound("no such key")
         return found
 
+    def _needed(self, asked: Asked, action: str) -> int:
+        try:
+            return self._kms.approvals_needed(asked.requester, action, self._key(asked))
+        except (KeyNotFound, RowDamaged):  # told as outdated
+            return 0
+
     def _outdated(self, asked: Asked) -> str:
-        return "" if self._key(asked).kv == asked.parameters["version"] else _CHANGED
+        try:
+            return "" if self._key(asked).kv == asked.parameters["version"] else _CHANGED
+        except (KeyNotFound, RowDamaged):
+            return "the row of its key cannot be read: look at the node's alarms"
 
 
 _CHANGED: Final = "the key was changed since: look at it, then ask again"

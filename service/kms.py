@@ -1463,6 +1463,7 @@ class Kms:
         entry = _Entry(ask, op, rh=request_hash(op, parameters))
         ask.decision_id = entry.id
         try:
+            entry.facts |= facts
             self._accepting(op)
             subject = decide(entry)
             entry.facts |= facts

@@ -417,7 +417,8 @@ async def test_a_waiting_deletion_is_shortened_and_a_destroyed_key_not_destroyed
 async def test_a_quorum_widens_who_reaches_a_key_and_lowers_its_tier(voting: Lab) -> None:
     key, far = await new_key(voting, "AES_256", tier=1), voting.client("health-eu-fr-1")
     use = (f"/v1/keys/{key}/encrypt", {"plaintext": B64})
-    assert (await far.post(use[0], json=use[1])).json()["code"] == "region_not_allowed"
+    refused = (await far.post(use[0], json=use[1])).json()
+    assert refused["code"] == "region_not_allowed"
     request = request_in(await bounds(voting, key, tier=2, reach=["eu-de-1", "FR"], purposes=["default", "billing"]))
     assert request.parameters["from"] == {"tier": 1, "reach": ["eu-de-1"], "purposes": ["default"]}
     assert request.parameters["to"] == {"tier": 2, "reach": ["eu-de-1", "eu-fr-1"], "purposes": ["default", "billing"]}
@@ -429,6 +430,8 @@ async def test_a_quorum_widens_who_reaches_a_key_and_lowers_its_tier(voting: Lab
     assert (await far.post(use[0], json={**use[1], "purpose": "billing"})).status_code == 200
     voting.node.kms.keystore.poll()
     assert (await far.post(use[0], json={**use[1], "purpose": "billing"})).status_code == 200
+    lost = await voting.client("health-auditor").get(f"/v1/policy/decisions/{refused['decision_id']}")
+    assert (lost.status_code, lost.json()["code"]) == (409, "facts_lost")
     # Now that it is tier 2, two suffice.
     narrower = request_in(await bounds(voting, key, reach=["eu-de-1"]))
     assert await signed(voting, narrower, "alice", "bob") == ("executed", ["alice", "bob"])
