@@ -3,6 +3,7 @@
 from policy.bundle import Bundle, BundleRefused, write_development
 from policy.engine import Policy
 from policy.freeze import Freeze, FreezeGone, Freezes, FreezeUnconfirmed, Frozen, InForce, Scope, Touched
+from policy.lockout import LockedOut
 from policy.places import Evidence, Member, Registry, UnknownPlace, Whereabouts, whereabouts
 from policy.request import (
     Attest,
@@ -35,6 +36,7 @@ __all__ = [
     "InForce",
     "InstallationFacts",
     "KeyFacts",
+    "LockedOut",
     "Member",
     "Policy",
     "Registry",

@@ -20,7 +20,7 @@ PASSING: Final = frozenset(
     """
     describe publicKey listKeys readAudit readAllAudit readPolicy explainDecision readTransfers reloadPolicy
     listTenants listRegions metrics hsmStatus hsmDrain hsmUndrain hsmDrill suspend revoke revokeVersion
-    freeze liftFreeze readFreezes approve readApprovals readCompliance
+    freeze liftFreeze readFreezes approve readApprovals readCompliance changePolicy
     """.split()  # noqa: SIM905  (twenty quoted words would not read better)
 )
 

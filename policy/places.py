@@ -196,6 +196,11 @@ class Registry:
         """The listed person behind a canonical identity, byte for byte."""
         return self._members.get(identity)
 
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """Every listed person, by canonical identity."""
+        return MappingProxyType(self._members)
+
     def within_tier(self, tier: int, tenant: str) -> frozenset[str]:
         """Where material of a registered tenant's keys of a tier may exist at most."""
         bound = self._charter.tiers[tier].residency_within

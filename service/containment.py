@@ -154,7 +154,7 @@ class Containment:
                     return freeze.tenant, {"freeze": freeze.id, "scope": scope, "since": freeze.at}
             raise NotFound("no such freeze in force")
 
-        return await self.quorum.ask(ask, LIFT, "liftFreeze", wanted)
+        return await self.quorum.ask(ask, LIFT, wanted)
 
     def _lifted(self, asked: Asked, approvals: Mapping[str, str]) -> Plan:
         """Lift a freeze as it was asked and approved; FreezeGone if somebody else's lift came first."""

@@ -7,9 +7,11 @@ members and the key's row counts only if it has that digest, and else the answer
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -22,7 +24,7 @@ from keystore import KeyNotFound
 from policy import Caller, Decision, InstallationFacts, KeyFacts, Policy, Registry, Request, Resource, TenantFacts
 from policy.explain import Explanation, explain
 from policy.written import digest
-from service.rows import Settings
+from service.rows import Applied, AppliedDamaged, Settings
 
 _STATES: Final = ("active", "suspended", "deactivated", "preactive", "compromised", "destroyed")
 _APPROVALS: Final = range(6)
@@ -31,6 +33,7 @@ _DIFFERENCES: Final = 100
 _BUNDLE: Final = "policy-bundle/"
 _PREVIOUS: Final = "policy-before/"
 _SINCE: Final = "policy-since/"
+_DRAFT: Final = "policy-draft/"
 
 Callers = Callable[[Registry, Mapping[str, Any]], Iterable[Caller]]
 KeyFactsOf = Callable[[uuid.UUID], KeyFacts]
@@ -61,8 +64,7 @@ class Bundles:
     def keep(self, connection: Connection, policy: Policy, *, at: int, before: Policy | None = None) -> None:
         """Keep a bundle, in the transaction that puts it in force at `at` (us)."""
         name = policy.digest[:32]
-        files = {path: data.decode() for path, data in policy.bundle.sources.items()}
-        Settings.put(connection, _BUNDLE + name, json.dumps(files, sort_keys=True))
+        Settings.put(connection, _BUNDLE + name, _text(policy.bundle.sources))
         if before is None or before.digest != policy.digest:
             Settings.put(connection, _SINCE + name, str(at))
         if before is not None and before.digest != policy.digest:
@@ -90,10 +92,50 @@ class Bundles:
 
     def files(self, name: str) -> Mapping[str, bytes]:
         """Its files as they were; BundleLost."""
-        text = self._settings.get(_BUNDLE + name)
+        return self._files(_BUNDLE + name, name)
+
+    def _files(self, setting: str, name: str) -> Mapping[str, bytes]:
+        text = self._settings.get(setting)
         if text is None:
             raise BundleLost(name)
-        return {path: content.encode() for path, content in json.loads(text).items()}
+        return {path: data.encode() for path, data in json.loads(text).items()}
+
+    def in_force(self, applied: Applied) -> Policy:
+        """The bundle that a quorum put in force. BundleLost, AppliedDamaged, BundleRefused.
+
+        Its files are what was approved. A release with another schema tries them out anew, as it does a directory's.
+        """
+        files = self.files(applied.digest[:32])
+        if content(files) != applied.content:
+            raise AppliedDamaged(
+                f"the files of the applied bundle {applied.digest[:12]} were changed outside the service"
+            )
+        found = Policy.stored(files)
+        return found if found.digest == applied.digest else Policy.draft(files)
+
+    def ever(self, name: str) -> str:
+        """The whole name of a bundle that was in force, by at least 12 hex of its digest; BundleLost."""
+        found = [n.removeprefix(_BUNDLE) for n in self._settings.names(_BUNDLE + name[:32])]
+        if len(found) != 1:
+            raise BundleLost(name)
+        return found[0]
+
+    def propose(self, connection: Connection, approval: str, policy: Policy) -> None:
+        """Keep a draft that waits for approval, by the id of the request, in the caller's transaction."""
+        Settings.put(connection, _DRAFT + approval, _text(policy.bundle.sources))
+
+    def proposed(self, approval: str) -> Mapping[str, bytes]:
+        """The files of such a draft; BundleLost."""
+        return self._files(_DRAFT + approval, approval)
+
+    def proposals(self) -> list[str]:
+        """The requests whose drafts are kept."""
+        return [name.removeprefix(_DRAFT) for name in self._settings.names(_DRAFT)]
+
+    @staticmethod
+    def withdraw(connection: Connection, approval: str) -> None:
+        """Forget a draft, in the caller's transaction."""
+        Settings.drop(connection, _DRAFT + approval)
 
     def forget(self) -> None:
         """Drop what is loaded: the next look is at the database."""
@@ -108,6 +150,15 @@ class Bundles:
         if found.digest[:32] != name:  # the row was changed, or the schema is another one today
             raise BundleLost(name)
         return found
+
+
+def content(files: Mapping[str, bytes]) -> str:
+    """What names the files of a bundle whatever schema they belong to: hex SHA-256."""
+    return hashlib.sha256(_text(files).encode()).hexdigest()
+
+
+def _text(files: Mapping[str, bytes]) -> str:
+    return json.dumps({path: data.decode() for path, data in files.items()}, sort_keys=True)
 
 
 @dataclass(slots=True)
@@ -135,6 +186,7 @@ class Replay:
     newly_allowed: int = 0
     newly_denied: int = 0
     differences: list[Difference] = field(default_factory=list)
+    radius: dict[str, dict[str, int]] = field(default_factory=dict)  # by key, caller and rule: decisions that differ
 
 
 class Decisions:
@@ -199,6 +251,7 @@ class Decisions:
             if draft is not None:
                 self._compare(made, groups, record, request, decision, draft)
         made.differences = sorted(groups.values(), key=lambda d: -d.count)[:_DIFFERENCES]
+        made.radius = _radius(groups.values())
         return made
 
     def _again(self, record: Mapping[str, Any], seen: dict[tuple[str, str, str], Request | str]) -> Request | str:
@@ -283,6 +336,18 @@ class Decisions:
             return self._key_facts(uuid.UUID(record["key"]))
         except KeyNotFound:
             raise FactsLost(f"the row of key {record['key']} is not there any more") from None
+
+
+def _radius(differences: Iterable[Difference]) -> dict[str, dict[str, int]]:
+    """How many decisions newly allowed or denied touch each key and caller, and by which rules; most first."""
+    found: dict[str, Counter[str]] = {"key": Counter(), "caller": Counter(), "rule": Counter()}
+    for one in differences:
+        if one.newly in {"allowed", "denied"}:
+            found["key"][one.key or "-"] += one.count
+            found["caller"][one.caller] += one.count
+            for rule in {*one.was, *one.becomes}:
+                found["rule"][rule] += one.count
+    return {name: dict(counted.most_common(_DIFFERENCES)) for name, counted in found.items()}
 
 
 def same(record: Mapping[str, Any], allowed: bool, rules: tuple[str, ...]) -> bool:

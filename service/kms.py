@@ -25,6 +25,7 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 from sqlalchemy import Connection
 
 import policy
+import policy.lockout
 from audit import event
 from audit.chain import Receipt
 from audit.log import Change, ChangeFailed, Log
@@ -73,7 +74,7 @@ from policy.transfers import CODE, RULE, Agreement, crosses
 from policy.written import Digests
 from service.admission import Admission, Refusals
 from service.compliance import Bars, Compliance, Report
-from service.decisions import Decisions, Replay
+from service.decisions import BundleLost, Decisions, Replay
 from service.outcome import (
     DENIED,
     ERROR,
@@ -83,11 +84,12 @@ from service.outcome import (
     EtagMismatch,
     IncorrectKey,
     NotFound,
+    PolicyByQuorum,
     RequestInvalid,
     TierNotMet,
     outcome_of,
 )
-from service.rows import ApiToken, ApiTokens, NewToken, Settings
+from service.rows import ApiToken, ApiTokens, AppliedDamaged, AppliedRows, NewToken, Settings
 from service.shadow import Shadow
 from service.transfers import Transfers, report
 from service.work import (
@@ -131,6 +133,10 @@ _DIRECTION: Final[Mapping[str, Direction]] = {
 }
 _BRINGING: Final = frozenset({"importKey"})  # material into an HSM: as a creation, only where the tier is met
 POLICY_SETTING: Final = "policy-digest"
+_LIVE: Final = ("pending_import", "enabled", "disabled", "deactivated", "compromised", "pending_deletion")
+_BY_QUORUM: Final = (
+    "the bundle in force was applied by a quorum, and a directory does not take its place: apply the new one"
+)
 NO_USE: Final = Use()
 NO_FACTS: Final[Mapping[str, Any]] = MappingProxyType({})
 APPROVAL_REQUIRED: Final = "approval_required"  # the code of a denial that more approvals may turn
@@ -286,6 +292,7 @@ class Kms:
         freezes: Freezes,
         decisions: Decisions,
         bars: Bars,
+        applied: AppliedRows,
         witness: Witness | None = None,
     ) -> None:
         self.node, self.region = node, region
@@ -294,8 +301,10 @@ class Kms:
         self.policy, self.shadow, self.freezes = policy_now, shadow, freezes
         self._load_policy, self._hsms, self._clock = load_policy, hsms, clock
         self._witness, self._strangers, self._refusals = witness, Admission(), Refusals(clock=clock)
-        self.decisions, self.bars = decisions, bars
+        self.decisions, self.applied, self.bars = decisions, applied, bars
         self.compliance = Compliance(keystore, bars, clock=clock)
+        self._in_step: str | None = None  # the applied bundle that this worker has, by the digest it was applied with
+        self._told_active = policy_now.digest
         self._digests = Digests()
         self.draining = False
         self.damaged_rows = 0  # uses of rows that somebody changed behind the service's back
@@ -897,11 +906,12 @@ class Kms:
 
         return await self.read_own(ask, "get_compliance", "readCompliance", read)
 
-    async def get_policy(self, ask: Ask) -> Policy:
-        """The policy in force."""
+    async def get_policy(self, ask: Ask) -> tuple[Policy, str | None]:
+        """The policy in force, and the request by which a quorum applied it; None: a directory's."""
         async with self._recorded(_Entry(ask, "get_policy")) as entry:
             self._allowed(entry, "readPolicy", InstallationFacts())
-            return self.policy
+            found = await asyncio.to_thread(self.applied.get) if self._in_step is not None else None
+            return self.policy, None if found is None or found.digest != self._in_step else found.approval
 
     async def reload_policy(self, ask: Ask) -> Policy:
         """Load the bundle from its directory; the old one stays in force if anything is wrong with the new."""
@@ -911,40 +921,96 @@ class Kms:
             return self.policy
 
         def plan(old: Policy) -> Plan:
+            if self.applied.get() is not None:
+                raise PolicyByQuorum(_BY_QUORUM)
             new = self._load_policy(old)
+            self.check_lock_out(new)
 
             def write(connection: Connection) -> None:
+                if self.applied.stands(connection):
+                    raise PolicyByQuorum(_BY_QUORUM)
                 Settings.put(connection, POLICY_SETTING, new.digest)
                 self.decisions.bundles.keep(connection, new, at=self._clock(), before=old)
 
             def applied() -> None:
-                self.policy = new
+                self.policy, self._told_active = new, new.digest
 
             return Plan(key=None, write=write, applied=applied)
 
         await self._control(ask, "reload_policy", {}, decide, plan, beside=True)
-        await self.note("bundle_active")
+        await self.tell_active()
         return self.policy
 
-    async def follow_policy(self, digest: str | None) -> bool:
-        """Take over the bundle that another worker put in force; whether there was one to take.
+    def check_lock_out(self, draft: Policy) -> None:
+        """LockedOut if nobody would be left who administers a tenant or the installation. Reads the database."""
+        policy.lockout.check(self.policy, draft, now=self._clock() // 1_000_000, given_up=self.without_keys)
 
-        A directory that does not hold it (yet) changes nothing: the next poll looks again.
+    def without_keys(self, tenant: str) -> bool:
+        """Whether a tenant has no key that is not destroyed: then nothing is lost with it."""
+        filters = (ListFilter(state=state) for state in _LIVE)
+        return not any(self.keystore.list(tenant, filters=f, after=None, limit=1) for f in filters)
+
+    def in_force(self, new: Policy, digest: str | None) -> None:
+        """Decide by a bundle from now on; `digest` is the name that it was applied under, None: a directory's."""
+        self.policy, self._in_step = new, digest
+
+    async def follow_policy(self, digest: str | None) -> bool:
+        """Take over the bundle that another worker put in force; whether this worker has a new one to tell of.
+
+        A directory that does not hold it (yet) changes nothing, nor does an applied bundle that cannot be believed.
         """
-        if digest is None or digest in {self.policy.digest, self._not_found}:
+        if digest is not None and digest not in {self.policy.digest, self._in_step, self._not_found}:
+            found = await asyncio.to_thread(self._followed, digest)
+            if found is None:
+                self._not_found = digest  # said once; a reload, another bundle or a restart brings this worker in step
+            else:
+                self.in_force(*found)
+        if self._told_active == self.policy.digest:
             return False
-        try:
-            new = await asyncio.to_thread(
-                self._load_policy, None
-            )  # that its version rises was decided by the worker that loaded it first
-        except policy.BundleRefused:
-            new = self.policy
-        if new.digest != digest:
-            self._not_found = digest  # said once; a reload or a restart brings this worker back in step
-            return False
-        self.policy = new
-        await self.note("bundle_active")
+        self._told_active = self.policy.digest
+        await self.tell_active()
         return True
+
+    def _followed(self, digest: str) -> tuple[Policy, str | None] | None:
+        """The bundle of this name, as applied or from the directory; None if it is not to be had."""
+        try:
+            applied = self.applied.get()
+            if applied is None:
+                if self._in_step is not None:
+                    raise AppliedDamaged("the setting policy-applied went missing")
+                # that its version rises was decided by the worker that loaded it first
+                new = self._load_policy(None)
+                return (new, None) if new.digest == digest else None
+            if applied.digest == self._in_step:
+                return None  # the name is older than what was applied here meanwhile, or nothing that was applied
+            new = self.decisions.bundles.in_force(applied)
+            if new.version <= self.policy.version:
+                raise AppliedDamaged(f"version {new.version} would follow version {self.policy.version}")
+        except policy.BundleRefused:
+            return None
+        except (AppliedDamaged, BundleLost) as error:
+            told = {"bundle": digest[:12], "why": str(error), "in_force": self.policy.digest[:12]}
+            alarm.critical("the applied bundle is not taken over", extra={"facts": told})
+            return None
+        return new, applied.digest
+
+    async def tell_active(self) -> None:
+        """Record the bundle in force; of an applied one also what it replaced, and the request and its signers."""
+        await self.load_tenant_secrets()
+        applied = await asyncio.to_thread(self.applied.get) if self._in_step is not None else None
+        if applied is None or applied.digest != self._in_step:
+            await self.note("bundle_active")
+            return
+        await asyncio.to_thread(self.applied.remember, applied)
+        await self.log.append(
+            self.admin_record(
+                "bundle_active",
+                why=f"replaces:{applied.replaces[:32]}",
+                intent=applied.approval,
+                rh=applied.request,
+                appr=applied.signers,
+            )
+        )
 
     async def note(self, op: str, *, hsm: str | None = None) -> None:
         """Record an event of the node itself: start, stop, a new bundle, an HSM that is lost or back."""
@@ -1583,8 +1649,10 @@ class Kms:
             raise TierNotMet(missing)
 
     async def load_tenant_secrets(self) -> None:
-        """Have every tenant's audit key at hand before the first request, so that recording calls no HSM."""
+        """Have every tenant's audit key at hand, before the first request and with a new bundle: recording calls no HSM."""
         for name in self.policy.registry.tenant_names():
+            if name in self._secrets:
+                continue
             known = self.keystore.has_tenant_secret(name)
             self._secrets[name] = await self._at(self.region, partial(self.keystore.tenant_secret, name))
             if not known:

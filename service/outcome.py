@@ -17,7 +17,7 @@ import policy
 from service.admission import RateLimited
 from service.approvals import ApprovalRefused
 from service.decisions import BundleLost, FactsLost
-from service.rows import ApprovalDamaged, NoSuchToken
+from service.rows import AppliedDamaged, AppliedMoved, ApprovalDamaged, NoSuchToken
 
 
 class NotFound(Exception):
@@ -72,6 +72,14 @@ class ApprovalClosed(Exception):
     """The request was executed or cancelled, or its time is over."""
 
 
+class PolicyStale(Exception):
+    """The draft was made for another bundle than the one in force, or another one was applied first."""
+
+
+class PolicyByQuorum(Exception):
+    """The bundle in force was applied by a quorum: no directory takes its place."""
+
+
 class PageTokenInvalid(Exception):
     """The page token is not one of ours, or belongs to another tenant or filter."""
 
@@ -105,6 +113,11 @@ OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
     PageTokenInvalid: (FAILED, "page_token_invalid"),
     TierNotMet: (DENIED, "tier_not_met"),
     policy.BundleRefused: (FAILED, "validation_failed"),
+    policy.LockedOut: (FAILED, "policy_would_lock_out"),
+    PolicyStale: (FAILED, "policy_stale"),
+    AppliedMoved: (FAILED, "policy_stale"),
+    AppliedDamaged: (ERROR, "internal"),
+    PolicyByQuorum: (FAILED, "policy_by_quorum"),
     policy.Frozen: (DENIED, "frozen"),
     policy.FreezeUnconfirmed: (ERROR, "freeze_unconfirmed"),
     policy.FreezeGone: (FAILED, "freeze_lifted"),

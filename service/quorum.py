@@ -16,6 +16,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from keystore import Key, Plan
+from policy import Registry
 from service.approvals import Approval, ApprovalRefused, Approver, Asked, check
 from service.kms import APPROVAL_REQUIRED, Ask, Kms
 from service.outcome import ApprovalClosed, NotFound
@@ -40,7 +41,7 @@ class Kind:
     they want, `outdated` why the request can never be executed any more, `region` whose HSM `prepare` reaches.
     """
 
-    action: str  # whose permission withdraws such a request
+    action: str  # who may do this may ask for such a request, and withdraw it
     prepare: Callable[[Asked, Mapping[str, str]], Plan | None]
     needed: Callable[[Asked], int] = lambda _: 0
     outdated: Callable[[Asked], str] = lambda _: ""
@@ -94,19 +95,34 @@ class Quorum:
         self._kinds[kind] = how
 
     async def ask(
-        self, ask: Ask, kind: str, action: str, wanted: Callable[[], tuple[str | None, Mapping[str, object]]]
+        self,
+        ask: Ask,
+        kind: str,
+        wanted: Callable[[], tuple[str | None, Mapping[str, object]]],
+        *,
+        op: str | None = None,
+        store: Callable[[Connection, str], None] | None = None,
     ) -> Standing:
         """Store a request for others to approve, if the caller may ask; ApprovalRefused if nobody could approve it.
 
-        `wanted` gives the tenant it concerns and its parameters; its id is the decision's.
+        `wanted` gives the tenant it concerns and its parameters; its id is the decision's. With `store`, which gets the id
+        in the transaction that stores the request, `wanted` may take long: it runs beside the event loop.
         """
-        made = _Made()
+        made, name, action = _Made(), op or kind, self._kinds[kind].action
 
         def decide(decision: str) -> Asked:
             tenant, parameters = wanted()
             return self._made(made, ask, kind, decision, tenant, parameters, self._rule.needed)
 
-        await self._kms.change_own(ask, kind, action, {"kind": kind}, decide, self._stored, facts=made.facts)
+        def storing(decision: str) -> Plan:
+            asked = decide(decision)
+            return self._stored(asked, lambda c: None if store is None else store(c, asked.id))
+
+        parameters, facts = {"kind": kind}, made.facts
+        if store is None:
+            await self._kms.change_own(ask, name, action, parameters, decide, self._stored, facts=facts)
+        else:
+            await self._kms.change_own(ask, name, action, parameters, lambda d: d, storing, facts=facts)
         return made.standing()
 
     async def ask_of_key(
@@ -216,6 +232,17 @@ class Quorum:
 
         return await self._kms.read_own(ask, "list_approvals", "readApprovals", read)
 
+    def reachable(self, requester: str, registry: Registry) -> bool:
+        """Whether enough approvers could approve what somebody asks for the installation, by the members of a policy."""
+        asked = Asked("", self._rule.installation, "", None, {}, requester, 0, 0)
+        able = (a for a in self._rule.approvers if not self._unfit(a, asked, registry))
+        return len(_distinct(able, registry)) >= self._rule.needed
+
+    def open(self, approval_id: str) -> bool:
+        """Whether a request still collects approvals."""
+        stored = self._rows.get(approval_id)
+        return stored is not None and self._standing(stored).state == OPEN
+
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _made(
@@ -231,7 +258,11 @@ class Quorum:
         now, rule = self._clock(), self._rule
         expires, needed = now + rule.lifetime_s * 1_000_000, max(wanted, rule.needed)
         asked = Asked(decision, rule.installation, kind, tenant, parameters, ask.caller.id, now, expires)
-        able = self._distinct(a for a in rule.approvers if not self._unfit(a, asked))
+        able = _distinct((a for a in rule.approvers if not self._unfit(a, asked, self._registry)), self._registry)
+        if not rule.approvers:
+            raise ApprovalRefused(
+                f"no approvers are configured: name at least {needed} in [[approvals.approver]] on every node"
+            )
         if len(able) < needed:
             raise ApprovalRefused(
                 f"{len(able)} approvers may approve this and {needed} must: see [[approvals.approver]]"
@@ -240,9 +271,14 @@ class Quorum:
         made.facts["appr"] = (asked.id, asked.digest())
         return asked
 
-    def _stored(self, asked: Asked) -> Plan:
+    def _stored(self, asked: Asked, store: Callable[[Connection], None] = lambda _: None) -> Plan:
         new = StoredApproval(asked.id, asked.tenant, asked.to_json(), OPEN, {}, asked.created)
-        return Plan(key=None, write=lambda c: self._rows.insert(c, new), applied=lambda: None)
+
+        def write(connection: Connection) -> None:
+            self._rows.insert(connection, new)
+            store(connection)
+
+        return Plan(key=None, write=write, applied=lambda: None)
 
     def _about(self, approval_id: str) -> tuple[Kind | None, str | None]:
         """What kind of request it is, and the key it is about; whoever asks learns of it only by what it may do."""
@@ -298,46 +334,52 @@ class Quorum:
                 found.append(self._fit(asked, Approval(name, asked.kind, asked.digest(), bytes.fromhex(signature))))
             except ApprovalRefused:
                 continue
-        return tuple(a.name for a in self._distinct(found))
-
-    def _distinct(self, approvers: Iterable[Approver]) -> list[Approver]:
-        """One of each person: neither a second key nor a second login makes somebody two."""
-        found: list[Approver] = []
-        for approver in approvers:
-            if not any(self._one_person(approver, other) for other in found):
-                found.append(approver)
-        return found
-
-    def _one_person(self, a: Approver, b: Approver) -> bool:
-        same = a.name == b.name or a.key.public_bytes_raw() == b.key.public_bytes_raw()
-        return same or bool(self._persons(a.identities) & self._persons(b.identities))
+        return tuple(a.name for a in _distinct(found, self._registry))
 
     def _signed(self, asked: Asked, stored: StoredApproval, new: Approval) -> None:
         """ApprovalRefused unless this is one more approver's right signature over exactly this request."""
         signer = self._fit(asked, new)
         others = [a for a in self._rule.approvers if a.name in stored.approvals]
-        if any(self._one_person(signer, other) for other in others):
+        if any(_one_person(signer, other, self._registry) for other in others):
             raise ApprovalRefused(f"{signer.name} has approved already: each officer counts once")
 
     def _fit(self, asked: Asked, approval: Approval) -> Approver:
         approver = check(approval, self._rule.approvers, kind=asked.kind, digest=asked.digest())
-        if why := self._unfit(approver, asked):
+        if why := self._unfit(approver, asked, self._registry):
             raise ApprovalRefused(f"{approver.name} {why}")
         return approver
 
-    def _unfit(self, approver: Approver, asked: Asked) -> str:
+    def _unfit(self, approver: Approver, asked: Asked, registry: Registry) -> str:
         """Why somebody may not approve this; empty if nothing speaks against it."""
         if not approver.identities:
             return "has no identities in [[approvals.approver]]: nobody could tell whether it is the one who asks"
-        if asked.requester in approver.identities or self._persons([asked.requester]) & self._persons(
-            approver.identities
-        ):
+        one, other = _persons(registry, [asked.requester]), _persons(registry, approver.identities)
+        if asked.requester in approver.identities or one & other:
             return "asked for this, and does not approve it"
         if approver.tenants and asked.tenant not in approver.tenants:
             return "does not approve for this tenant"
         return ""
 
-    def _persons(self, identities: Sequence[str]) -> set[tuple[str | None, str]]:
-        """The humans behind identities, by the members lists of the policy."""
-        members = (self._kms.policy.registry.member(i) for i in identities)
-        return {(m.tenant, m.person) for m in members if m is not None}
+    @property
+    def _registry(self) -> Registry:
+        return self._kms.policy.registry
+
+
+def _persons(registry: Registry, identities: Sequence[str]) -> set[tuple[str | None, str]]:
+    """The humans behind identities, by the members lists of a policy."""
+    members = (registry.member(i) for i in identities)
+    return {(m.tenant, m.person) for m in members if m is not None}
+
+
+def _one_person(a: Approver, b: Approver, registry: Registry) -> bool:
+    same = a.name == b.name or a.key.public_bytes_raw() == b.key.public_bytes_raw()
+    return same or bool(_persons(registry, a.identities) & _persons(registry, b.identities))
+
+
+def _distinct(approvers: Iterable[Approver], registry: Registry) -> list[Approver]:
+    """One of each person: neither a second key nor a second login makes somebody two."""
+    found: list[Approver] = []
+    for approver in approvers:
+        if not any(_one_person(approver, other, registry) for other in found):
+            found.append(approver)
+    return found

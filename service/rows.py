@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import sqlalchemy as sa
@@ -98,6 +99,7 @@ NEVER_FOR_TOKENS: Final = frozenset(
         "scheduleDeletion",
         "setPolicy",
         "reloadPolicy",
+        "changePolicy",
         "export",
         "escrow",
         "replicate",
@@ -368,7 +370,12 @@ class Settings:
     def get(self, name: str) -> str | None:
         """The value, if one was ever put."""
         with self._engine.execution_options(reading=True).connect() as connection:
-            found = connection.execute(sa.select(_setting.c.value).where(_setting.c.name == name)).scalar()
+            return self.value(connection, name)
+
+    @staticmethod
+    def value(connection: Connection, name: str) -> str | None:
+        """The value, in the transaction of the caller."""
+        found = connection.execute(sa.select(_setting.c.value).where(_setting.c.name == name)).scalar()
         return None if found is None else str(found)
 
     @staticmethod
@@ -381,6 +388,17 @@ class Settings:
     def add(connection: Connection, name: str, value: str) -> None:
         """Set a value for the first time, in the transaction of the caller; IntegrityError if there is one."""
         connection.execute(sa.insert(_setting), [{"name": name, "value": value}])
+
+    @staticmethod
+    def drop(connection: Connection, name: str) -> None:
+        """Forget a value, in the transaction of the caller."""
+        connection.execute(sa.delete(_setting).where(_setting.c.name == name))
+
+    def names(self, prefix: str) -> list[str]:
+        """The names that begin so."""
+        chosen = sa.select(_setting.c.name).where(_setting.c.name.startswith(prefix, autoescape=True))
+        with self._engine.execution_options(reading=True).connect() as connection:
+            return [str(name) for name in connection.execute(chosen).scalars()]
 
 
 class Lease:
@@ -502,6 +520,121 @@ class ApprovalRows:
             raise ApprovalDamaged(f"approval {row['id']} was changed outside the service")
         del values["region"]
         return StoredApproval(**values | {"approvals": json.loads(row["approvals"])})
+
+
+class AppliedDamaged(Exception):
+    """What is stored about the applied bundle was changed outside the service, or went missing; the message says what."""
+
+
+class AppliedMoved(Exception):
+    """Another bundle was applied meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A bundle that a quorum put in force: `digest` names it and `content` its files, `replaces` what was in force before.
+
+    A release with another schema gives the same files another digest; `content` stays.
+    """
+
+    digest: str
+    version: int
+    content: str
+    replaces: str
+    approval: str  # id of the request
+    request: str  # digest of the request: what was signed
+    signers: tuple[str, ...]
+    at: int
+
+
+class AppliedRows:
+    """Which bundle a quorum put in force last: one setting under a MAC. `key` gives a region's MAC key.
+
+    The file `mark` remembers the newest version outside the database, where nobody takes the setting away unnoticed.
+    """
+
+    _LABEL: Final = b"skms/row/policy/1\0"
+    _NAME: Final = "policy-applied"
+
+    def __init__(self, engine: Engine, *, key: Callable[[str], bytes], region: str, mark: Path) -> None:
+        self._settings, self._key, self._region, self._mark = Settings(engine), key, region, mark
+
+    @classmethod
+    def named(cls, engine: Engine) -> Applied | None:
+        """What the setting says, not verified: no HSM has given a key yet. AppliedDamaged if it says nothing sensible."""
+        text = Settings(engine).get(cls._NAME)
+        return None if text is None else cls._parsed(text)[0]
+
+    def get(self) -> Applied | None:
+        """The applied bundle, None as long as none was; AppliedDamaged."""
+        text = self._settings.get(self._NAME)
+        applied = None if text is None else self._checked(text)
+        named = 0 if applied is None else applied.version
+        if named < (marked := self._marked()):
+            raise AppliedDamaged(
+                f"version {marked} was applied here, and the database names {named or 'none'}: restore the database, or "
+                f"remove {self._mark} if it was set back on purpose"
+            )
+        return applied
+
+    def remember(self, applied: Applied) -> None:
+        """From now on an earlier version, or none, is AppliedDamaged on this node."""
+        if applied.version > self._marked():
+            new = self._mark.with_name(f"{self._mark.name}.{os.getpid()}")
+            new.write_text(f"{applied.version}\n")
+            new.replace(self._mark)
+
+    def _marked(self) -> int:
+        try:
+            return int(self._mark.read_text())
+        except FileNotFoundError:
+            return 0
+        except ValueError:
+            raise AppliedDamaged(f"{self._mark} holds no version") from None
+
+    def put(self, connection: Connection, new: Applied, *, after: Applied | None) -> None:
+        """The next one, in the transaction of the caller; AppliedMoved unless `after` is what stands there."""
+        text = self._written(new)
+        if after is None:
+            try:
+                Settings.add(connection, self._NAME, text)
+            except IntegrityError:
+                raise AppliedMoved("another bundle was applied meanwhile") from None
+            return
+        stands = Settings.value(connection, self._NAME)
+        if stands is None or self._checked(stands) != after:
+            raise AppliedMoved("another bundle was applied meanwhile")
+        same = sa.and_(_setting.c.name == self._NAME, _setting.c.value == stands)
+        if connection.execute(sa.update(_setting).where(same).values(value=text)).rowcount != 1:
+            raise AppliedMoved("another bundle was applied meanwhile")
+
+    def stands(self, connection: Connection) -> bool:
+        """Whether one was applied, in the transaction of the caller."""
+        return Settings.value(connection, self._NAME) is not None
+
+    def _written(self, applied: Applied) -> str:
+        values = {**dataclasses.asdict(applied), "signers": list(applied.signers), "region": self._region}
+        return json.dumps(values | {"mac": self._mac(values)}, sort_keys=True)
+
+    def _mac(self, values: Mapping[str, Any]) -> str:
+        text = json.dumps(dict(values), sort_keys=True)
+        return hmac.digest(self._key(values["region"]), self._LABEL + text.encode(), "sha256").hex()
+
+    def _checked(self, text: str) -> Applied:
+        applied, values, mac = self._parsed(text)
+        if not hmac.compare_digest(self._mac(values), mac):
+            raise AppliedDamaged("the setting policy-applied was changed outside the service")
+        return applied
+
+    @staticmethod
+    def _parsed(text: str) -> tuple[Applied, dict[str, Any], str]:
+        try:
+            values = json.loads(text)
+            mac = str(values.pop("mac"))
+            facts = {n: v for n, v in values.items() if n != "region"}
+            return Applied(**{**facts, "signers": tuple(facts["signers"])}), values, mac
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise AppliedDamaged("the setting policy-applied is not what the service wrote") from None
 
 
 class NoSuchOperation(Exception):

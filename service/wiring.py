@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import tempfile
 import threading
 import time
@@ -47,7 +48,7 @@ from keystore import (
     proof_of,
 )
 from keystore.pkcs11 import TokenConfig, open_token, total_calls
-from policy import Freezes, Policy
+from policy import BundleRefused, Freezes, Policy
 from policy.rows import FreezeRows, FreezeRowsDamaged
 from service.app import create_app
 from service.approvals import load_approver
@@ -57,7 +58,7 @@ from service.compliance import Bars
 from service.config import Config, FolderAnchor, HsmAnchor, SinkSection, WriteOnceAnchor
 from service.containment import Containment
 from service.database import close_engine, migrate, open_engine, ping
-from service.decisions import Bundles, Decisions
+from service.decisions import BundleLost, Bundles, Decisions
 from service.drills import Drills
 from service.health import Health
 from service.hsmcalls import THREADS, HsmCalls
@@ -68,14 +69,26 @@ from service.identity.oidc import OidcProvider
 from service.jobs import Forwarding, Scheduler, archive_old, index, notarise
 from service.keyrequests import KeyRequests
 from service.kms import POLICY_SETTING, Kms, facts_of
+from service.policychanges import PolicyChanges
 from service.protocols.native import Limits, Native
 from service.quorum import Quorum, Rule
 from service.requests import Observer
-from service.rows import ApiTokens, ApprovalRows, Idempotency, Lease, Operations, Settings
+from service.rows import (
+    ApiTokens,
+    Applied,
+    AppliedDamaged,
+    AppliedRows,
+    ApprovalRows,
+    Idempotency,
+    Lease,
+    Operations,
+    Settings,
+)
 from service.shadow import Shadow
 from service.timestamps import Timestamps
 from service.witnesses import Witnesses, checked, post_quantum_of, pusher_of, witness_of
 
+log: Final = logging.getLogger("skms.wiring")
 START_SAMPLE: Final = 25  # a start takes up a bundle that a check or a reload has tried with all 500
 POLL_S: Final = 0.2  # other workers' changes are seen within this time
 _PEPPER: Final = b"skms/api-token-pepper/v1"
@@ -305,6 +318,44 @@ async def audit_keys(config: Config, engine: Engine) -> tuple[bytes, ...]:
             group.close()
 
 
+def bundle_at_start(config: Config, engine: Engine) -> tuple[Policy, Applied | None]:
+    """The bundle that a quorum applied, whatever the directory holds, or the directory's if none was; BundleRefused.
+
+    Who wrote down that it was applied is not known before an HSM is at hand: until then nothing is decided by it.
+    """
+    try:
+        applied = AppliedRows.named(engine)
+        if applied is None:
+            return Policy.load(config.policy.bundle, sample=START_SAMPLE), None
+        found = Bundles(engine).in_force(applied)
+    except (AppliedDamaged, BundleLost) as error:
+        raise BundleRefused("applied bundle", 0, f"{error}; restore the database from a backup that holds it") from None
+    if not _holds(config.policy.bundle, found):
+        told = {"applied": found.digest[:12], "version": found.version, "directory": str(config.policy.bundle)}
+        log.warning("the applied bundle is in force, and the directory holds another one", extra={"facts": told})
+    return found, applied
+
+
+def believe(kms: Kms, bundle: Policy, applied: Applied | None) -> None:
+    """Decide by what the setting named before an HSM was at hand, now that one tells who wrote it; BundleRefused."""
+    try:
+        if kms.applied.get() != applied:
+            raise AppliedDamaged("another one was applied while this node started: start it again")
+    except AppliedDamaged as error:
+        raise BundleRefused("applied bundle", 0, str(error)) from None
+    if applied is not None:
+        kms.in_force(bundle, applied.digest)
+
+
+def _holds(directory: Path, bundle: Policy) -> bool:
+    """Whether a directory has exactly the files of a bundle."""
+    try:
+        found = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    except OSError:
+        return False
+    return found == dict(bundle.bundle.sources)
+
+
 async def kms_of(
     stack: contextlib.AsyncExitStack,
     config: Config,
@@ -339,6 +390,12 @@ async def kms_of(
         keystore=keystore,
         imports=Imports(keystore, catalog),
         policy_now=bundle,
+        applied=AppliedRows(
+            engine,
+            key=row_keys(fleet),
+            region=config.node.region,
+            mark=config.node.state_dir / "policy-version",
+        ),
         load_policy=lambda old: Policy.load(config.policy.bundle, after=old, known=kms.policy),
         log=log,
         search=(search := Search(engine, index_key)),
@@ -379,7 +436,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         engine = open_engine(config.database.url)
         stack.push_async_callback(close_engine, engine)
         migrate(engine, lock_dir=config.node.state_dir)
-        bundle = Policy.load(config.policy.bundle, sample=START_SAMPLE)
+        bundle, applied = bundle_at_start(config, engine)
         for token in serving_tokens(config):
             refuse_test_profile(token, development=bundle.development)
         catalog = Catalog(engine)
@@ -390,8 +447,11 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         await asyncio.to_thread(guard.start)  # before this process writes its first record
         index_key = IndexKey(fleet.groups[config.node.region].row_mac(_INDEX))
         kms = await kms_of(stack, config, engine, bundle, catalog, fleet, index_key, clock=clock)
+        await asyncio.to_thread(believe, kms, bundle, applied)
         await kms.load_tenant_secrets()
         await kms.note("start")
+        if applied is not None:
+            await kms.tell_active()
         await record_ceremonies(kms, Settings(engine), config.node.state_dir)
         identity = identity_of(config, kms, clock)
         health = Health(kms, fleet, ping=lambda: ping(engine))
@@ -399,6 +459,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         owner = f"{config.node.name}/{uuid.uuid4()}"
         lease, operations = Lease(engine, clock=clock), Operations(engine, clock=clock)
         containment = await stack.enter_async_context(obeying(config, kms, engine, owner=owner, clock=clock))
+        changes = PolicyChanges(kms, Settings(engine), quorum=containment.quorum, clock=clock)
         drills = Drills(kms, operations, lease, owner=owner, clock=clock)
         observer = Observer(kms, operations, node=config.node.name, version=version())
         native = Native(
@@ -407,6 +468,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
             drills=drills,
             containment=containment,
             requests=KeyRequests(kms, containment.quorum),
+            policy_changes=changes,
             idempotency=Idempotency(engine, clock=clock),
             health=health,
             observer=observer,

@@ -36,6 +36,8 @@ EXIT: Final[Mapping[str, int]] = {
     "facts_lost": CONFLICT,
     "tier_not_met": CONFLICT,
     "policy_would_lock_out": CONFLICT,
+    "policy_stale": CONFLICT,
+    "policy_by_quorum": CONFLICT,
     "idempotency_in_progress": TEMPORARY,
     "etag_mismatch": CONFLICT,
     "if_match_required": USAGE,
@@ -74,6 +76,9 @@ WHAT_TO_DO: Final[Mapping[str, str]] = {
     "algorithm_not_supported_by_hsm": "`skms hsm status` lists what each HSM can hold",
     "frozen": "a security officer stopped this; `skms freeze show` tells more to the officers and auditors of the tenant",
     "freeze_unconfirmed": "the node cannot read its freezes: look at its database, and at the alarms in its log",
+    "policy_would_lock_out": "leave each power to somebody: a role in members.yaml, and a rule that permits it",
+    "policy_stale": "look at `skms policy show`, bring the draft up to date with a higher version, and plan it anew",
+    "policy_by_quorum": "`skms policy apply DIR` asks the approvers; `skms policy rollback` asks them for the one before",
     "tier_not_met": "meet each missing condition, or choose another tier; `skms compliance` lists keys below theirs",
 }
 
@@ -206,6 +211,7 @@ def explained(answer: httpx.Response) -> Failed:
         ("freeze_id", "freeze"),
         ("since", "since"),
         ("missing", "missing"),
+        ("names", "locked out"),
         ("file", "file"),
         ("line", "line"),
     ):

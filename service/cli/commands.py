@@ -1260,6 +1260,109 @@ def policy_check(
         raise typer.Exit(FAILED_CHECK)
 
 
+@policy_app.command("plan")
+def policy_plan(
+    directory: Path,
+    since: Annotated[
+        str, typer.Option("--from", "--since", help="RFC 3339: a recorded period to decide again under the draft")
+    ] = "",
+    until: Annotated[str, typer.Option("--to", "--until", help="RFC 3339; now if not given")] = "",
+    against: Annotated[
+        Path | None, typer.Option(help="the bundle it is to replace, offline: no service is asked")
+    ] = None,
+) -> None:
+    """What a draft bundle comes to: files, meaning with witnesses, proofs, who is locked out, a recorded period.
+
+    Exit status 8 if the draft is refused, breaks a promise or locks somebody out: `policy apply` would be refused.
+    """
+    from policy.plan import broken
+
+    if against is not None:
+        if since or until:
+            raise Failed(USAGE, "--against is offline: a recorded period is asked of the service")
+        told = _planned(directory, against)
+    else:
+        period = _period(since, until) if since else {}
+        told = options.client().post("/v1/policy/plan", {"files": _files_of(directory), **period})
+    _show_plan(told)
+    if not options.dry_run and broken(told):
+        raise typer.Exit(FAILED_CHECK)
+
+
+def _planned(directory: Path, against: Path) -> dict[str, Any]:
+    from policy import BundleRefused, Policy
+    from policy.plan import told
+
+    try:
+        old = Policy.load(against)
+        return told(old, Policy.load(directory, after=old), now=int(time.time()))
+    except BundleRefused as error:
+        raise Failed(FAILED_CHECK, str(error)) from None
+
+
+def _show_plan(told: dict[str, Any]) -> None:
+    if options.output == "json" or "draft" not in told:
+        print(json.dumps(told, indent=2))
+        return
+    old, new = told["replaces"], told["draft"]
+    print(f"version {old['version']} ({old['digest'][:12]}) -> version {new['version']} ({new['digest'][:12]})")
+    for change in told["files"]:
+        print(f"\n{change['change']}: {change['path']}")
+        for line in change["diff"][2:]:
+            print(f"  {line}")
+    for member in told["members"]:
+        was, becomes = (_member(member[side]) for side in ("was", "becomes"))
+        print(f"\nmember {member['id']}: {was} -> {becomes}")
+    print("\nmeaning:")
+    for change in told["changes"]:
+        by = ", ".join(change["by"])
+        print(f"  newly {change['newly']} on a {change['resource']}, by {by}; for example:")
+        print(f"    {json.dumps(change['request'])}")
+    if told["unproved"]:
+        print(f"  cannot be told: {told['unproved']}")
+    elif not told["changes"]:
+        print("  no request is decided otherwise by its facts (roles of members are listed above)")
+    print(f"\nproofs: {told.get('proved', 0)} promises hold, {len(told['refuted'])} broken")
+    for wrong in told["refuted"]:
+        print(f"  BROKEN {wrong['code']}: {wrong['promise']}; by {json.dumps(wrong['request'])}")
+    for name in told["undecided"]:
+        print(f"  not decided in time: {name}")
+    for one in told["locked_out"]:
+        of = "the installation" if one["tenant"] is None else f"tenant {one['tenant']}"
+        print(f"\nLOCKED OUT of {of}: nobody could {one['action']}; today: {', '.join(one['members'])}")
+    if "replay" in told:
+        print()
+        _show_replay(told["replay"])
+
+
+def _member(found: dict[str, Any] | None) -> str:
+    return "not listed" if found is None else f"{found['role']} of {found['tenant'] or 'the installation'}"
+
+
+@policy_app.command("apply")
+def policy_apply(
+    directory: Path,
+    replaces: Annotated[str, typer.Option(help="digest of the bundle that the draft was planned against")] = "",
+) -> None:
+    """Ask for a draft to be put in force; exit status 6: it is once a quorum has signed (`skms approval sign`)."""
+    body = {"files": _files_of(directory)} | ({"replaces": replaces} if replaces else {})
+    _ask_for("/v1/policy/apply", body)
+
+
+@policy_app.command("rollback")
+def policy_rollback(
+    to: Annotated[str, typer.Option(help="a bundle that was in force, by at least 12 hex of its digest")] = "",
+) -> None:
+    """Ask for the bundle before, or an earlier one, under a new version; exit status 6: a quorum has to sign."""
+    _ask_for("/v1/policy/rollback", {"to": to} if to else {})
+
+
+def _ask_for(path: str, body: dict[str, Any]) -> None:
+    show(options.client().post(path, body, idempotent=True))
+    if not options.dry_run:
+        raise typer.Exit(WAITING)
+
+
 @policy_app.command("explain")
 def policy_explain(decision: str) -> None:
     """Why a recorded decision came out as it did: for the tenant's officers and auditors."""
@@ -1311,6 +1414,9 @@ def _show_replay(told: dict[str, Any]) -> None:
     for why, count in told["unmade"].items():
         print(f"  {count} cannot be told: {why}")
     print(f"newly allowed {told['newly_allowed']}, newly denied {told['newly_denied']}")
+    for name, counted in told["radius"].items():
+        for which, count in list(counted.items())[:10]:
+            print(f"  {count} by {name} {which}")
     for d in told["differences"]:
         print(f"  {d['count']} x {d['newly']}: {d['action']} by {d['caller']} on {d['key'] or '-'}")
         print(f"     {', '.join(d['was'])} -> {', '.join(d['becomes'])}; e.g. {d['examples'][0]}")

@@ -38,6 +38,7 @@ from service.identity import Authenticator, Unidentified
 from service.keyrequests import KeyRequests
 from service.kms import APPROVAL_REQUIRED, Ask, ItemResult, Kms, Unusable, WouldAllow
 from service.outcome import EtagMismatch, EtagMissing, NotFound, PageTokenInvalid, RequestInvalid
+from service.policychanges import PolicyChanges
 from service.protocols import wire
 from service.protocols.dataplane import PLANES, Plane
 from service.protocols.jwk import jwk
@@ -630,16 +631,42 @@ async def _get_compliance(call: Call) -> Reply:
     return dataclasses.replace(page, body={**told, **page.body})
 
 
-def _policy_json(p: policy.Policy) -> dict[str, Any]:
-    return {"digest": p.digest, "version": p.version, "development": p.development, "files": dict(p.files)}
+def _policy_json(p: policy.Policy, applied: str | None) -> dict[str, Any]:
+    about = {"digest": p.digest, "version": p.version, "development": p.development, "files": dict(p.files)}
+    return about | {"applied": applied}
 
 
 async def _get_policy(call: Call) -> Reply:
-    return Reply(_policy_json(await call.kms.get_policy(call.ask)))
+    return Reply(_policy_json(*await call.kms.get_policy(call.ask)))
 
 
 async def _reload_policy(call: Call) -> Reply:
-    return Reply(_policy_json(await call.kms.reload_policy(call.ask)))
+    return Reply(_policy_json(await call.kms.reload_policy(call.ask), None))
+
+
+async def _plan_policy(call: Call) -> Reply:
+    b: wire.PlanBody = call.body
+    if (b.from_ is None) is not (b.to is None):
+        raise RequestInvalid(("/to", "missing", "a period has a begin and an end"))
+    period = None if b.from_ is None or b.to is None else (_moment("/from", b.from_), _moment("/to", b.to))
+    return Reply(await call.app.policy_changes.plan(call.ask, _bundle_files(b.files), period=period))
+
+
+async def _apply_policy(call: Call) -> Reply:
+    b: wire.ApplyBody = call.body
+    files, changes = _bundle_files(b.files), call.app.policy_changes
+    _remember_waiting(call)
+    return _waiting(await changes.apply(call.ask, files, replaces=b.replaces))
+
+
+async def _rollback_policy(call: Call) -> Reply:
+    b: wire.RollbackBody = call.body or wire.RollbackBody()
+    _remember_waiting(call)
+    return _waiting(await call.app.policy_changes.rollback(call.ask, to=b.to, replaces=b.replaces))
+
+
+def _bundle_files(files: Mapping[str, str]) -> Mapping[str, bytes]:
+    return {path: content.encode() for path, content in files.items()}
 
 
 async def _get_decision(call: Call) -> Reply:
@@ -649,7 +676,7 @@ async def _get_decision(call: Call) -> Reply:
 
 async def _simulate_policy(call: Call) -> Reply:
     b: wire.SimulateBody = call.body
-    files = {path: content.encode() for path, content in b.files.items()}
+    files = _bundle_files(b.files)
     since, until = _moment("/from", b.from_), _moment("/to", b.to)
     return Reply(dataclasses.asdict(await call.kms.simulate_policy(call.ask, files, since=since, until=until)))
 
@@ -1219,6 +1246,38 @@ ROUTES: Final[tuple[Route, ...]] = (
         body_optional=True,
     ),
     Route(
+        "POST",
+        "/v1/policy/plan",
+        "plan_policy",
+        _plan_policy,
+        "What a draft bundle comes to: files, meaning, proofs, who would be locked out, and a recorded period under it",
+        wire.PlanAnswer,
+        wire.PlanBody,
+    ),
+    Route(
+        "POST",
+        "/v1/policy/apply",
+        "apply_policy",
+        _apply_policy,
+        "Ask for a draft bundle to be put in force: done once a quorum of approvers has signed exactly that",
+        wire.ApprovalAnswer,
+        wire.ApplyBody,
+        status=202,
+        idempotent=True,
+    ),
+    Route(
+        "POST",
+        "/v1/policy/rollback",
+        "rollback_policy",
+        _rollback_policy,
+        "Ask for the content of an earlier bundle under a new version, by the same quorum",
+        wire.ApprovalAnswer,
+        wire.RollbackBody,
+        body_optional=True,
+        status=202,
+        idempotent=True,
+    ),
+    Route(
         "GET",
         "/v1/policy/decisions/{decision}",
         "get_decision",
@@ -1374,6 +1433,7 @@ class Native:
         drills: Drills,
         containment: Containment,
         requests: KeyRequests,
+        policy_changes: PolicyChanges,
         idempotency: Idempotency,
         health: Health,
         observer: Observer,
@@ -1381,7 +1441,7 @@ class Native:
         clock: Callable[[], int],
     ) -> None:
         self.kms, self.identity, self.idempotency, self.drills = kms, identity, idempotency, drills
-        self.containment, self.requests = containment, requests
+        self.containment, self.requests, self.policy_changes = containment, requests, policy_changes
         self.health, self.observer, self.limits, self._clock = health, observer, limits, clock
         self._exact = {(r.method, r.path): r for r in ROUTES if "{" not in r.path}
         self._patterns = [(r, _pattern(r.path)) for r in ROUTES if "{" in r.path]

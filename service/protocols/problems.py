@@ -24,6 +24,8 @@ from service.outcome import (
     FAILED,
     ApprovalClosed,
     HsmStateInvalid,
+    PolicyByQuorum,
+    PolicyStale,
     RequestInvalid,
     TierNotMet,
     Withheld,
@@ -31,6 +33,7 @@ from service.outcome import (
 )
 from service.protocols.strict_json import Invalid, Malformed
 from service.protocols.wire import moment
+from service.rows import AppliedMoved
 
 
 class PayloadTooLarge(Exception):
@@ -128,6 +131,8 @@ ERRORS: Final[dict[str, Row]] = {
     "hsm_state_invalid": Row(409, "The state of the HSMs does not allow this"),
     "alias_in_use": Row(409, "The alias is in use"),
     "policy_would_lock_out": Row(409, "The policy would lock everyone out"),
+    "policy_stale": Row(409, "The draft is not for the bundle in force"),
+    "policy_by_quorum": Row(409, "The policy is changed by a quorum"),
     "bundle_lost": Row(409, "The bundle that the record names is not at hand"),
     "facts_lost": Row(409, "The decision cannot be made again"),
     "tier_not_met": Row(409, "The key does not meet its tier"),
@@ -227,6 +232,10 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
                 "file": error.file,
                 "line": error.line,
             }
+        case policy.LockedOut():
+            extra = {"detail": str(error), "names": error.names}
+        case PolicyStale() | AppliedMoved() | PolicyByQuorum():
+            extra = {"detail": str(error)}
         case policy.Frozen():
             extra = {"freeze_id": error.freeze.id, "since": moment(error.freeze.at)}
         case policy.FreezeUnconfirmed() | policy.FreezeGone() | ApprovalRefused() | ApprovalClosed():

@@ -232,12 +232,39 @@ class PatchKeyBody(Struct, forbid_unknown_fields=True, kw_only=True):
     min_encrypt_version: Fence | UnsetType = UNSET
 
 
+BundleName = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12,64}\Z")]
+
+
 class SimulateBody(Struct, kw_only=True):
     """A draft bundle, whole: path -> content; and the recorded period that it is to decide again."""
 
     files: Annotated[dict[str, str], Meta(min_length=1, max_length=4_096)]
     from_: str = msgspec.field(name="from")
     to: str
+
+
+class PlanBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A draft bundle, whole: path -> content; and, if both are named, the recorded period that it is to decide again."""
+
+    files: Annotated[dict[str, str], Meta(min_length=1, max_length=4_096)]
+    from_: str | None = msgspec.field(name="from", default=None)
+    to: str | None = None
+
+
+class ApplyBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A draft bundle, whole; `replaces` is the digest (or its first 12 to 64 hex) of the bundle that it was planned for."""
+
+    files: Annotated[dict[str, str], Meta(min_length=1, max_length=4_096)]
+    replaces: BundleName | None = None
+    reason: Reason | None = None
+
+
+class RollbackBody(Struct, forbid_unknown_fields=True):
+    """`to`: a bundle that was in force, by the first 12 to 64 hex of its digest; the one before if not given."""
+
+    to: BundleName | None = None
+    replaces: BundleName | None = None
+    reason: Reason | None = None
 
 
 class WhyBody(Struct, forbid_unknown_fields=True):
@@ -930,6 +957,26 @@ class PolicyAnswer(Struct):
     version: int
     development: bool
     files: dict[str, str]
+    applied: str | None
+
+
+class PlanAnswer(Struct):
+    """What a draft comes to against the bundle in force; `replay` if a period was named."""
+
+    replaces: dict[str, Any]
+    draft: dict[str, Any]
+    files: list[dict[str, Any]]
+    members: list[dict[str, Any]]
+    locked_out: list[dict[str, Any]]
+    unproved: str | None
+    refuted: list[dict[str, Any]]
+    undecided: list[str]
+    changes: list[dict[str, Any]]
+    proved: int | UnsetType = UNSET
+    seconds: float | UnsetType = UNSET
+    dead_rules: list[str] | UnsetType = UNSET
+    redundant_rules: list[str] | UnsetType = UNSET
+    replay: ReplayAnswer | UnsetType = UNSET
 
 
 class DecisionAnswer(Struct):
@@ -999,6 +1046,7 @@ class ReplayAnswer(Struct):
     newly_allowed: int
     newly_denied: int
     differences: list[dict[str, Any]]
+    radius: dict[str, dict[str, int]]
 
 
 class TokenAnswer(Struct):

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -65,6 +66,7 @@ COMMANDS = {
     "start_drill": "drill exit", "list_drills": "drill list", "get_drill": "drill show", "get_operation": "drill show",
     "drill_report": "drill report", "abort_drill": "drill abort", "confirm_drill": "drill confirm",
     "get_compliance": "compliance", "get_policy": "policy show", "reload_policy": "policy reload",
+    "plan_policy": "policy plan", "apply_policy": "policy apply", "rollback_policy": "policy rollback",
     "freeze": "freeze start", "list_freezes": "freeze list", "get_freeze": "freeze show", "freeze_drill": "freeze drill",
     "lift_freeze": "freeze lift", "list_approvals": "approval list", "get_approval": "approval show",
     "sign_approval": "approval add", "cancel_approval": "approval cancel",
@@ -254,6 +256,39 @@ def test_compliance_has_a_status_of_its_own_while_a_key_is_below_its_tier(node: 
     finally:
         put(good, version + 2)
     assert "ciphertext" in skms(node, "health-eu-de-1", "encrypt", key, stdin=b"x")
+
+
+def test_a_draft_policy_is_planned_before_it_is_asked_for(node: Served, tmp_path: Path) -> None:
+    draft, stop = tmp_path / "draft", '@id("health.stop") @layer("tenant") @code("HEALTH-STOP")\n'
+    shutil.copytree(node.directory / "policy", draft)
+    rules, members = draft / "tenants/health/09-stop.cedar", draft / "tenants/health/members.yaml"
+    charter = draft / "charter.yaml"
+    version = skms(node, "installation-officer", "policy", "show")["version"]
+    charter.write_text(re.sub(r'"version": \d+', f'"version": {version + 1}', charter.read_text()))
+    rules.write_text(stop + 'forbid (principal, action == Action::"encrypt", resource in Tenant::"health");\n')
+    told = skms(node, "installation-officer", "policy", "plan", str(draft), "--from", "2026-01-01T00:00:00Z")
+    assert [(f["path"], f["change"]) for f in told["files"]] == [
+        ("charter.yaml", "changed"),
+        ("tenants/health/09-stop.cedar", "added"),
+    ]
+    assert [(c["newly"], c["request"]["action"]) for c in told["changes"]] == [("denied", "encrypt")]
+    assert told["replay"]["newly_denied"] == sum(told["replay"]["radius"]["key"].values())
+    text = skms(node, "installation-officer", "-o", "table", "policy", "plan", str(draft))
+    for said in ("added: tenants/health/09-stop.cedar", "newly denied on a Key, by health.stop", "0 broken"):
+        assert said in text
+    # Offline, beside the directory of the bundle that it is to replace; and one that locks somebody out.
+    old = node.directory / "policy"
+    assert skms(node, "platform", "policy", "plan", str(draft), "--against", str(old))["locked_out"] == []
+    members.write_text(members.read_text().replace("role: officer", "role: auditor"))
+    skms(node, "platform", "policy", "plan", str(draft), "--against", str(old), status=8)
+    refused = skms(node, "installation-officer", "policy", "apply", str(draft), status=5)
+    assert "policy_would_lock_out" in refused
+    assert "/health/officer/health-officer" in refused
+    shutil.copy(old / "tenants/health/members.yaml", members)
+    assert "[[approvals.approver]]" in skms(node, "installation-officer", "policy", "apply", str(draft), status=3)
+    assert "bundle_lost" in skms(node, "installation-officer", "policy", "rollback", "--to", "0" * 12, status=5)
+    denied = skms(node, "health-operator", "policy", "apply", str(draft), status=3)
+    assert "policy_denied" in denied
 
 
 def test_a_node_is_found_stopped_and_told_apart(tmp_path: Path) -> None:
