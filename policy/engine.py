@@ -214,8 +214,9 @@ class Policy:
         if not crossed:
             return decision
         found = self._agreements.found(request, request.resource.tenant, crossed)
-        lacking = tuple(f"{RULE}/{here}/{there}" for (here, there), agreement in found if agreement is None)
-        if lacking or len(found) > MOST:  # what a record could not tell is not allowed
+        many = len(found) > MOST  # what a record could not tell is not allowed
+        lacking = tuple(f"{RULE}/{here}/{there}" for (here, there), agreement in found if many or agreement is None)
+        if lacking:
             return self._denied(CODE, lacking[:8], RULE)
         told = tuple(f"{RULE}/{here}/{there}/{agreement.id}" for (here, there), agreement in found if agreement)
         return Decision(True, "", (*decision.rules[: 8 - len(told)], *told), "", self.digest, decision.obligations)

@@ -176,6 +176,7 @@ def test_more_crossings_than_a_record_can_tell_are_denied(tmp_path: Path) -> Non
     assert len(policy.check(release(7)).rules) == 8
     decision = policy.decide(release(8))
     assert (decision.allowed, decision.code, decision.rule_code) == (False, "transfer_not_authorised", "SOV-TRANSFER")
+    assert decision.rules == tuple(f"SOV-TRANSFER/DE/{there}" for there in MANY)
     assert policy.agrees(release(8), decision)
 
 

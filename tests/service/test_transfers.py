@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import itertools
 import shutil
+import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,23 @@ async def test_a_replay_decides_crossings_and_denials_the_same(borders: Lab, agr
     assert made.identical == made.decisions >= 10
 
 
+async def test_a_draft_that_drops_an_agreement_tells_what_it_would_stop(borders: Lab, agreed: Agreed) -> None:
+    policy = agreed(care=ENOUGH, back=BACK)
+    key = await new_key(borders, "AES_256", **WIDE)
+    since = wire.moment(borders.clock())
+    for who in ("health-eu-fr-1", "health-eu-fr-1", "health-eu-de-1"):
+        assert (await encrypt(borders, key, who)).status_code == 200
+    files = {path: data.decode() for path, data in policy.bundle.sources.items()}
+    charter = yaml.safe_load(files["charter.yaml"])
+    del charter["transfer_agreements"]["care"]
+    files["charter.yaml"] = yaml.safe_dump(charter, sort_keys=False)
+    body = {"files": files, "from": since, "to": wire.moment(borders.clock())}
+    answer = await borders.client("health-officer").post("/v1/policy/simulate", json=body)
+    assert answer.status_code == 200, answer.text
+    (difference,) = answer.json()["differences"]
+    assert (difference["newly"], difference["count"], difference["becomes"]) == ("denied", 2, ["SOV-TRANSFER/FR/DE"])
+
+
 async def test_the_report_counts_what_happened_by_agreement_border_and_purpose(borders: Lab, agreed: Agreed) -> None:
     agreed(
         care=ENOUGH, back=BACK, us={**ENOUGH, "from": "US", "tenants": ["defence", "health"], "purposes": ["billing"]}
@@ -299,3 +317,17 @@ async def test_two_at_once_are_two_records_and_two_counts(borders: Lab, agreed: 
     assert len(records(borders, key)) == 20
     (row,) = await reported(borders, **{"from": since})
     assert row["crossed"] == 20
+
+
+async def test_no_freeze_stops_the_report(borders: Lab, agreed: Agreed) -> None:
+    agreed(care=ENOUGH)
+    officer = borders.client("defence-officer")
+    scope = {"kind": "caller", "value": (await officer.get("/v1/whoami")).json()["id"]}
+    frozen = await officer.post(
+        "/v1/freezes",
+        json={"scope": scope, "reason": {"code": "drill"}},
+        headers={"Idempotency-Key": uuid.uuid4().hex},
+    )
+    assert frozen.status_code == 201, frozen.text
+    assert (await officer.get("/v1/transfers")).status_code == 200
+    assert (await officer.get("/v1/transfer-agreements")).status_code == 200
