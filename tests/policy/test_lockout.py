@@ -46,8 +46,8 @@ def test_every_power_is_held_by_somebody_in_the_shipped_bundle(shipped: Policy) 
         # A rule with a time that is over, and one with a place that nobody's authority vouches for.
         (
             RULES,
-            'action in [Action::"createKey", Action::"createToken", Action::"listKeys", Action::"random"],\n'
-            '  resource == Tenant::"health"\n)\nwhen { ',
+            'action in [\n    Action::"createKey", Action::"createToken", Action::"listKeys", Action::"random", '
+            'Action::"readApprovals"\n  ],\n  resource == Tenant::"health"\n)\nwhen { ',
             'action == Action::"createKey",\n  resource == Tenant::"health"\n)\nwhen { context.now < 1000 && ',
             {"createKey"},
             {"operator-1"},

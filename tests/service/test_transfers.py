@@ -58,7 +58,7 @@ def agreed(borders: Lab, tmp_path: Path) -> Any:
         members = bundle / "installation/members.yaml"
         members.write_text(members.read_text().replace("role: officer", "role: auditor"))
         kms.policy = Policy.load(bundle, known=before, sample=0)
-        kms.decisions.bundles.starting(kms.policy)
+        kms.decisions.bundles.starting(kms.policy, at=borders.clock())
         return kms.policy
 
     yield put
