@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ def examine(config: Config) -> list[Finding]:
         *((f"PIN file of {h.name}", lambda h=h: _private(h.pin_file)) for h in config.hsm),
         *((f"HSM {h.name}", lambda h=h: _hsm(config, h.name)) for h in config.hsm),
         ("policy", lambda: _policy(config)),
+        ("suppliers", lambda: _suppliers(config)),
         ("database", lambda: _database(config)),
     ]
     findings = []
@@ -93,6 +95,26 @@ def _policy(config: Config) -> str:
     found = Policy.load(config.policy.bundle)
     development = " DEVELOPMENT CHARTER: not for real keys" if found.development else ""
     return f"version {found.version}, digest {found.digest[:12]}{development}"
+
+
+def _suppliers(config: Config) -> str:
+    """Which tiers the HSMs of each region can hold today."""
+    from policy.bundle import read
+    from policy.suppliers import judge
+
+    registry, now = read(config.policy.bundle).registry, time.time_ns() // 1_000
+    serving = [h for h in config.hsm if not h.backup]
+    for hsm in serving:
+        if hsm.supplier and hsm.supplier not in registry.suppliers:
+            raise ValueError(
+                f"[[hsm]] {hsm.name}: supplier {hsm.supplier!r} is not in charter.yaml: no tier with a bar is met"
+            )
+    told = []
+    for region in dict.fromkeys(h.region for h in serving):
+        used = {h.supplier or None for h in serving if h.region == region}
+        held = [str(t) for t in (1, 2, 3) if not judge(registry.bar(t), registry.suppliers, used, now).gaps]
+        told.append(f"{region} meets the labels of tiers {', '.join(held) or 'none'}")
+    return "; ".join(told)
 
 
 def _database(config: Config) -> str:

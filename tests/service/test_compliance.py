@@ -19,6 +19,7 @@ from msgspec import structs
 
 from harness import Files, Lab, lab_of, new_key
 from service.compliance import Bars
+from service.doctor import examine
 
 pytestmark = pytest.mark.anyio
 B64 = base64.b64encode(b"hello").decode()
@@ -317,6 +318,22 @@ async def test_no_key_is_made_that_would_not_meet_its_tier(ending: Lab) -> None:
     finally:
         await reload(lab, those({"development": good}))
     assert (await create(lab)).status_code == 201
+
+
+def test_the_doctor_says_which_tiers_a_region_can_hold(dev_files: Files, tmp_path: Path) -> None:
+    def found(name: str, *changes: Change, **hsm: str) -> tuple[bool, str]:
+        (tmp_path / name).mkdir()
+        findings = examine(apart(dev_files, tmp_path / name, *changes, **hsm).config)
+        return next((f.good, f.detail) for f in findings if f.check == "suppliers")
+
+    def each(tiers: str) -> tuple[bool, str]:
+        return True, "; ".join(f"{region} meets the labels of tiers {tiers}" for region in ("eu-de-1", "eu-de-2"))
+
+    assert found("good") == each("1, 2, 3")
+    assert found("ended", supplied("2020-01-01")) == each("2, 3")
+    good, detail = found("unknown", supplier="unheard-of")
+    assert not good
+    assert "'unheard-of' is not in charter.yaml" in detail
 
 
 async def test_no_material_is_imported_below_the_bar(ending: Lab) -> None:
