@@ -681,11 +681,11 @@ async def poll(kms: Kms, settings: Settings) -> None:
     """Pick up what other workers changed, five times a second, for ever."""
     while True:
         await asyncio.sleep(POLL_S)
-        kms.bars.refresh()
         with contextlib.suppress(Exception):  # the next round tries again; readiness tells about the database
             # In threads: a database that hangs must not hang the event loop, which still has to say so.
             await asyncio.to_thread(kms.keystore.poll)
             await asyncio.to_thread(kms.fleet.follow)
+            kms.bars.refresh()
             await asyncio.to_thread(kms.tokens.poll)
             await kms.follow_policy(await asyncio.to_thread(settings.get, POLICY_SETTING))
 

@@ -26,6 +26,7 @@ from keystore import (
     ListFilter,
     Purpose,
     Rotation,
+    RowDamaged,
     StaleKey,
     VersionFenced,
     WrongState,
@@ -615,3 +616,28 @@ def test_check_use_refuses_a_version_that_does_not_exist(lab: Lab) -> None:
     for number in (0, -1, 2):
         with pytest.raises(VersionFenced):
             check_use(key, number, "process", now=0)
+
+
+def test_keys_are_found_by_what_they_have_in_common(lab: Lab) -> None:
+    """More kinds of places than one statement asks for, page by page; a destroyed key is none, a damaged row an error."""
+    kinds = [frozenset({"eu-de-1", f"somewhere-{n}"}) for n in range(120)]
+    keys = [lab.new(tier=1, residency=kind) for kind in (*kinds, kinds[0], kinds[119])]
+    destroyed, foreign = lab.new(tier=1, residency=kinds[1]), lab.new(tenant="evil", tier=1, residency=kinds[2])
+    brought_to(lab, destroyed, "destroyed")
+    brought_to(lab, keys[5], "pending_deletion")
+    found = dict(lab.store.placed("acme"))
+    assert sorted(found.values()) == [1] * 118 + [2, 2]
+    assert {p.residency for p in found} == set(kinds)
+    assert sum(count for _, count in lab.store.placed(None)) == len(keys) + 1
+    got: list[uuid.UUID] = []
+    while page := lab.store.located(list(found), after=str(got[-1]) if got else None, limit=50):
+        got += [key.id for key in page]
+    assert got == sorted((key.id for key in keys), key=str)
+    (two,) = [p for p in found if p.residency == kinds[5]]
+    (only,) = lab.store.located([two], after=None, limit=9)
+    assert (only.id, only.placed.tenant, only.state) == (keys[5].id, "acme", "pending_deletion")
+    assert foreign.id not in got
+    lab.sql("UPDATE keystore_key SET places = '{}' WHERE key_id = :id", id=str(foreign.id))
+    with pytest.raises(RowDamaged):
+        lab.store.placed(None)
+    assert dict(lab.store.placed("acme")) == found
