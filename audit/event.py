@@ -40,7 +40,7 @@ OPERATIONS: Final[frozenset[str]] = frozenset(
     confirm_clock simulate_policy skip_record archive_records witness_checkpoint freeze list_freezes get_freeze
     freeze_drill lift_drill lift_freeze list_approvals get_approval sign_approval cancel_approval
     list_transfers list_transfer_agreements get_compliance
-    plan_policy apply_policy rollback_policy
+    plan_policy apply_policy rollback_policy revoke_approval
     """.split()  # noqa: SIM905  (sixty quoted words would not read better)
 )
 DATA_PLANE: Final[frozenset[str]] = frozenset(

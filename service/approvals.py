@@ -86,6 +86,11 @@ class Approval:
         return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
 
+def revocation(kind: str) -> str:
+    """The kind of what an officer signs who takes an approval of a request of some kind back."""
+    return f"revoke-{kind}"
+
+
 def statement(kind: str, digest: str) -> bytes:
     """What an officer signs."""
     return f"skms-approval/v1\n{kind}\n{digest}\n".encode()

@@ -17,13 +17,14 @@ from sqlalchemy import Connection
 
 from keystore import Key, Plan
 from policy import Registry
-from service.approvals import Approval, ApprovalRefused, Approver, Asked, check
+from service.approvals import Approval, ApprovalRefused, Approver, Asked, check, revocation
 from service.kms import APPROVAL_REQUIRED, Ask, Kms
 from service.outcome import ApprovalClosed, NotFound
 from service.rows import ApprovalRows, StoredApproval
 
 OPEN: Final = "open"
 OUTDATED: Final = "outdated"  # what it is about was changed since: what was signed is not what would be done
+REVOKED: Final = "revoked:"  # before the signature of an approver who took the approval back
 ATTEMPTS: Final = 8  # at a signature while others change the same request
 NAMED: Final = 14  # approvers that a record names beside the request and its digest
 
@@ -153,26 +154,57 @@ class Quorum:
 
         NotFound, ApprovalClosed, ApprovalRefused; whatever the execution raises undoes the signature too.
         """
-        region = await asyncio.to_thread(self._region, approval_id)
-        for _ in range(ATTEMPTS):
-            try:
-                await self._sign(ask, approval_id, approver, signature, region)
-            except _Moved:
-                continue
-            return self._found(ask, approval_id)
-        raise ApprovalClosed(f"request {approval_id} is changing: look at it and hand the signature in again")
 
-    async def _sign(self, ask: Ask, approval_id: str, approver: str, signature: bytes, region: str | None) -> None:
+        def signed(asked: Asked, seen: StoredApproval) -> str:
+            self._signed(asked, seen, Approval(approver, asked.kind, asked.digest(), signature))
+            return signature.hex()
+
+        region = await asyncio.to_thread(self._region, approval_id)
+        return await self._approve(ask, "sign_approval", approval_id, approver, signature, signed, region=region)
+
+    async def revoke(self, ask: Ask, approval_id: str, approver: str, signature: bytes) -> Standing:
+        """Take an approval back by its approver's signature; the request goes on without it, and without that person.
+
+        NotFound, ApprovalClosed, ApprovalRefused.
+        """
+
+        def revoked(asked: Asked, seen: StoredApproval) -> str:
+            kind = revocation(asked.kind)
+            check(
+                Approval(approver, kind, asked.digest(), signature),
+                self._rule.approvers,
+                kind=kind,
+                digest=asked.digest(),
+            )
+            if seen.approvals.get(approver, REVOKED).startswith(REVOKED):
+                raise ApprovalRefused(f"{approver} has not approved this, or has taken it back already")
+            return REVOKED + signature.hex()  # it stays, so that the approval cannot be handed in again
+
+        return await self._approve(ask, "revoke_approval", approval_id, approver, signature, revoked)
+
+    async def _approve(
+        self,
+        ask: Ask,
+        op: str,
+        approval_id: str,
+        approver: str,
+        signature: bytes,
+        accepted: Callable[[Asked, StoredApproval], str],
+        *,
+        region: str | None = None,
+    ) -> Standing:
+        """Store what `accepted` makes of an approver's signature, and execute the request if enough count then."""
         facts: dict[str, Any] = {"appr": (approval_id,)}
 
         def plan(_: None) -> Plan:
             seen = self._opened(self._rows.get(approval_id), ask)
             asked = Asked.of(seen.content)
-            self._signed(asked, seen, Approval(approver, asked.kind, asked.digest(), signature))
-            changed = dataclasses.replace(seen, approvals={**seen.approvals, approver: signature.hex()})
+            changed = dataclasses.replace(seen, approvals={**seen.approvals, approver: accepted(asked, seen)})
             counted = {name: changed.approvals[name] for name in self._counted(asked, changed)}
             facts["appr"] = (approval_id, asked.digest(), *counted)[: NAMED + 2]
-            execution = self._kinds[asked.kind].prepare(asked, counted) if len(counted) >= self._rule.needed else None
+            execution = None
+            if approver in counted and len(counted) >= self._rule.needed:
+                execution = self._kinds[asked.kind].prepare(asked, counted)
             if execution is not None:
                 changed = dataclasses.replace(changed, state="executed")
 
@@ -189,9 +221,15 @@ class Quorum:
             return Plan(key=execution.key, write=write, applied=execution.applied)
 
         parameters = {"approval": approval_id, "approver": approver, "signature": signature.hex()}
-        await self._kms.change_own(
-            ask, "sign_approval", "approve", parameters, lambda _: None, plan, facts=facts, region=region
-        )
+        for _ in range(ATTEMPTS):
+            try:
+                await self._kms.change_own(
+                    ask, op, "approve", parameters, lambda _: None, plan, facts=facts, region=region
+                )
+            except _Moved:
+                continue
+            return self._found(ask, approval_id)
+        raise ApprovalClosed(f"request {approval_id} is changing: look at it and hand the signature in again")
 
     async def cancel(self, ask: Ask, approval_id: str) -> Standing:
         """Withdraw a request before it is executed: whoever may ask for such a thing may."""
@@ -330,6 +368,8 @@ class Quorum:
         """Who approves as of now: an approver who left the configuration, or whose key did, counts no more."""
         found = []
         for name, signature in sorted(stored.approvals.items()):
+            if signature.startswith(REVOKED):
+                continue
             try:
                 found.append(self._fit(asked, Approval(name, asked.kind, asked.digest(), bytes.fromhex(signature))))
             except ApprovalRefused:
@@ -339,9 +379,11 @@ class Quorum:
     def _signed(self, asked: Asked, stored: StoredApproval, new: Approval) -> None:
         """ApprovalRefused unless this is one more approver's right signature over exactly this request."""
         signer = self._fit(asked, new)
-        others = [a for a in self._rule.approvers if a.name in stored.approvals]
-        if any(_one_person(signer, other, self._registry) for other in others):
-            raise ApprovalRefused(f"{signer.name} has approved already: each officer counts once")
+        for other in (a for a in self._rule.approvers if a.name in stored.approvals):
+            if _one_person(signer, other, self._registry):
+                if stored.approvals[other.name].startswith(REVOKED):
+                    raise ApprovalRefused(f"{signer.name} took the approval back: it takes a new request")
+                raise ApprovalRefused(f"{signer.name} has approved already: each officer counts once")
 
     def _fit(self, asked: Asked, approval: Approval) -> Approver:
         approver = check(approval, self._rule.approvers, kind=asked.kind, digest=asked.digest())

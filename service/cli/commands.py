@@ -836,7 +836,23 @@ def approval_sign(
     to: Annotated[Path | None, typer.Option(help="write the approval to a file, for `skms approval add`")] = None,
 ) -> None:
     """Approve a request, and hand the approval in or write it to a file."""
-    from service.approvals import ApprovalRefused, Asked, approve
+    _sign(approval, name, key, password_file, to, revoking=False)
+
+
+@approval_app.command("revoke")
+def approval_revoke(
+    approval: Annotated[str, typer.Argument(help="its id, or the file of `skms approval show --to`")],
+    name: Annotated[str, typer.Option(help="the approver's name in [[approvals.approver]]")],
+    key: Annotated[Path, typer.Option(help="the approver's Ed25519 key (PEM)")],
+    password_file: Annotated[Path | None, typer.Option(help="password of the key")] = None,
+    to: Annotated[Path | None, typer.Option(help="write the revocation to a file, for `skms approval add`")] = None,
+) -> None:
+    """Take an approval back before the request is executed; whoever did cannot approve that request again."""
+    _sign(approval, name, key, password_file, to, revoking=True)
+
+
+def _sign(approval: str, name: str, key: Path, password_file: Path | None, to: Path | None, *, revoking: bool) -> None:
+    from service.approvals import ApprovalRefused, Asked, approve, revocation
 
     try:
         offline = Path(approval).is_file()
@@ -844,7 +860,8 @@ def approval_sign(
         request = given if offline else options.client().get(f"/v1/approvals/{approval}")["request"]
         asked = Asked.of(json.dumps(request))
         password = None if password_file is None else read_input(str(password_file)).rstrip(b"\n")
-        made = approve(asked.kind, asked.digest(), name=name, key_file=key, password=password)
+        kind = revocation(asked.kind) if revoking else asked.kind
+        made = approve(kind, asked.digest(), name=name, key_file=key, password=password)
     except (ValueError, ApprovalRefused) as refused:
         raise Failed(USAGE, str(refused)) from None
     if to is not None:
@@ -858,9 +875,9 @@ def approval_sign(
 @approval_app.command("add")
 def approval_add(
     approval: Annotated[str, typer.Argument(help="id of the request")],
-    file: Annotated[Path, typer.Argument(help="the approval that `skms approval sign --to` wrote")],
+    file: Annotated[Path, typer.Argument(help="what `skms approval sign --to` or `revoke --to` wrote")],
 ) -> None:
-    """Hand in an approval that was signed elsewhere."""
+    """Hand in an approval, or a revocation of one, that was signed elsewhere."""
     from service.approvals import ApprovalRefused, load_approval
 
     try:
@@ -870,8 +887,11 @@ def approval_add(
 
 
 def _hand_in(approval: str, made: Any) -> None:
+    from service.approvals import revocation
+
     body = {"approver": made.approver, "signature": made.signature.hex()}
-    show(options.client().post(f"/v1/approvals/{approval}/signatures", body))
+    where = "revocations" if made.kind.startswith(revocation("")) else "signatures"
+    show(options.client().post(f"/v1/approvals/{approval}/{where}", body))
 
 
 @approval_app.command("cancel")

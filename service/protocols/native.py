@@ -619,6 +619,12 @@ async def _sign_approval(call: Call) -> Reply:
     return Reply(wire.approval_json(await quorum.sign(call.ask, call.path["approval"], b.approver, signature)))
 
 
+async def _revoke_approval(call: Call) -> Reply:
+    b: wire.SignatureBody = call.body
+    quorum, signature = call.app.containment.quorum, bytes.fromhex(b.signature)
+    return Reply(wire.approval_json(await quorum.revoke(call.ask, call.path["approval"], b.approver, signature)))
+
+
 async def _cancel_approval(call: Call) -> Reply:
     return Reply(wire.approval_json(await call.app.containment.quorum.cancel(call.ask, call.path["approval"])))
 
@@ -1221,6 +1227,15 @@ ROUTES: Final[tuple[Route, ...]] = (
         "sign_approval",
         _sign_approval,
         "Add an approver's signature; the one that completes the quorum executes the request",
+        wire.ApprovalAnswer,
+        wire.SignatureBody,
+    ),
+    Route(
+        "POST",
+        "/v1/approvals/{approval}/revocations",
+        "revoke_approval",
+        _revoke_approval,
+        "Take an approval back, by its approver's signature over the kind `revoke-` and the request's kind",
         wire.ApprovalAnswer,
         wire.SignatureBody,
     ),

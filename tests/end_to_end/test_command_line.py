@@ -70,6 +70,7 @@ COMMANDS = {
     "freeze": "freeze start", "list_freezes": "freeze list", "get_freeze": "freeze show", "freeze_drill": "freeze drill",
     "lift_freeze": "freeze lift", "list_approvals": "approval list", "get_approval": "approval show",
     "sign_approval": "approval add", "cancel_approval": "approval cancel",
+    "revoke_approval": "approval revoke",
     "get_decision": "policy explain", "simulate_policy": "policy simulate",
     "list_transfers": "transfers report", "list_transfer_agreements": "transfers agreements",
     "create_token": "token create", "list_tokens": "token list", "revoke_token": "token revoke",

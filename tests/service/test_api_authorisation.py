@@ -70,6 +70,7 @@ def body_of(path: str, method: str, key: str, ciphertext: str, wrapped: str) -> 
         "schedule-deletion": {"wait": "P30D"},
         "policy": {"tier": 3},
         "signatures": {"approver": "nobody", "signature": "0" * 128},
+        "revocations": {"approver": "nobody", "signature": "0" * 128},
         "import-parameters": {"wrapping": "RSAES_OAEP_SHA_1"},
         "import": {
             "import_token": "skms_import_" + "A" * 64,

@@ -113,11 +113,19 @@ def request_in(answer: httpx.Response) -> Asked:
 
 
 async def sign(
-    lab: Lab, request: Asked, name: str, *, to: str | None = None, who: str = "health-custodian"
+    lab: Lab,
+    request: Asked,
+    name: str,
+    *,
+    to: str | None = None,
+    who: str = "health-custodian",
+    kind: str = "",
+    where: str = "signatures",
 ) -> httpx.Response:
-    made = approve(request.kind, request.digest(), name=name, key_file=lab.files.config.node.state_dir / f"{name}.key")
+    file = lab.files.config.node.state_dir / f"{name}.key"
+    made = approve(kind or request.kind, request.digest(), name=name, key_file=file)
     body = {"approver": name, "signature": made.signature.hex()}
-    return await lab.client(who).post(f"/v1/approvals/{to or request.id}/signatures", json=body)
+    return await lab.client(who).post(f"/v1/approvals/{to or request.id}/{where}", json=body)
 
 
 async def signed(lab: Lab, request: Asked, *names: str) -> tuple[str, list[str]]:
@@ -237,6 +245,36 @@ async def test_A_20_what_is_not_one_more_persons_signature_of_exactly_this_count
         assert why in answer.json()["detail"]
     assert await standing(voting, request) == ("open", ["gemini"], 2)
     assert await state(voting, key) == "enabled"
+
+
+@pytest.mark.anyio
+async def test_A_20_an_approval_that_was_taken_back_does_not_count_and_cannot_be_handed_in_again(voting: Lab) -> None:
+    key = await new_key(voting, "AES_256")
+    request, other = request_in(await destruction(voting, key)), request_in(await destruction(voting, key))
+    back = {"where": "revocations", "kind": "revoke-destroy_key"}
+    assert await signed(voting, request, "gemini") == ("open", ["gemini"])
+    for attempt, why in (
+        (sign(voting, request, "gemini", where="revocations"), "false"),  # the approval itself takes nothing back
+        (sign(voting, other, "gemini", to=request.id, **back), "false"),
+        (sign(voting, request, "alice", **back), "not approved"),
+        (sign(voting, request, "alice", kind="revoke-destroy_key"), "false"),
+    ):
+        answer = await attempt
+        assert (answer.status_code, answer.json()["code"]) == (403, "approval_refused"), why
+        assert why in answer.json()["detail"]
+    assert (await sign(voting, request, "gemini", who="health-operator", **back)).status_code == 403
+    assert (await sign(voting, request, "gemini", who="defence-custodian", **back)).status_code == 404
+    taken = await sign(voting, request, "gemini", **back)
+    assert (taken.status_code, taken.json()["state"], taken.json()["approvers"]) == (200, "open", [])
+    record = voting.node.kms.search.records(op="revoke_approval", out="ok")[0].record
+    assert record["appr"] == [request.id, request.digest()]
+    for name in ("gemini", "twin"):
+        assert "took the approval back" in (await sign(voting, request, name)).json()["detail"]
+    assert (await sign(voting, request, "gemini", **back)).json()["code"] == "approval_refused"
+    assert await signed(voting, request, "alice") == ("open", ["alice"])
+    assert await state(voting, key) == "enabled"
+    assert await signed(voting, request, "bob") == ("executed", ["alice", "bob"])
+    assert (await sign(voting, request, "bob", **back)).json()["code"] == "approval_closed"
 
 
 @pytest.mark.anyio
