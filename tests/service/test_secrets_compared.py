@@ -12,6 +12,7 @@ WORDS = {"secret", "mac", "macs", "token", "commitment", "pin", "password", "dig
 PUBLIC = {
     ("policy/engine.py", "digest"): "the hash of a policy bundle is public",
     ("service/kms.py", "digest"): "the hash of a policy bundle is public",
+    ("service/policychanges.py", "digest"): "the hash of a policy bundle is public",
     ("service/decisions.py", "digest"): "the hashes of a policy bundle and of a decision's facts stand in its record",
     ("service/protocols/native.py", "_token_for"): "a page token is bound, not secret: the tenant is the caller's own",
 }
