@@ -70,6 +70,7 @@ from policy import (
 )
 from policy.explain import Explanation
 from policy.freeze import PASSING
+from policy.rows import FreezeRowsDamaged
 from policy.transfers import CODE, RULE, Agreement, crosses
 from policy.written import Digests
 from service.admission import Admission, Refusals
@@ -988,7 +989,7 @@ class Kms:
                 raise AppliedDamaged(f"version {new.version} would follow version {self.policy.version}")
         except policy.BundleRefused:
             return None
-        except (AppliedDamaged, BundleLost) as error:
+        except (AppliedDamaged, BundleLost, FreezeRowsDamaged) as error:
             told = {"bundle": digest[:12], "why": str(error), "in_force": self.policy.digest[:12]}
             alarm.critical("the applied bundle is not taken over", extra={"facts": told})
             return None

@@ -70,7 +70,7 @@ class PolicyChanges:
         """Ask for the content of the bundle before, or of a named one, under a new version; as `apply`, and BundleLost."""
 
         def files(now: Policy) -> Mapping[str, bytes]:
-            name = self._bundles.before(now) if to is None else self._bundles.ever(to)
+            name = self._before(now) if to is None else self._bundles.ever(to)
             if name is None:
                 raise PolicyStale("no bundle was in force before this one: there is nothing to go back to")
             return under(self._bundles.files(name), now.version + 1)
@@ -91,7 +91,10 @@ class PolicyChanges:
             self._within(tenant, now.bundle.sources, wished)
             draft = self._draft(wished, now)
             self._check_lock_out(now, draft)
+            changed = policy.plan.files(now.bundle.sources, wished)
             unproved = _proved(draft)
+            if unproved and any(change.path.startswith("charter/") for change in changed):
+                raise BundleRefused("charter", 0, f"a charter is not changed unproved: {unproved}")
             drafts.append(draft)
             closed.extend(old for old in self._bundles.proposals() if not self._quorum.open(old))
             applied = self._kms.applied.get()
@@ -100,7 +103,7 @@ class PolicyChanges:
                 "version": draft.version,
                 "replaces": now.digest,
                 "after": None if applied is None else applied.approval,
-                "files": {change.path: change.change for change in policy.plan.files(now.bundle.sources, wished)},
+                "files": {change.path: change.change for change in changed},
                 "unproved": unproved,
             }
 
@@ -136,6 +139,11 @@ class PolicyChanges:
             elif change.path.startswith(f"tenants/{tenant}/"):
                 continue
             raise BundleRefused(change.path, 0, f"an officer of tenant {tenant} changes files of tenants/{tenant} only")
+
+    def _before(self, now: Policy) -> str | None:
+        """What the bundle in force replaced, by name: also where a release with another schema names it anew."""
+        applied = self._kms.applied.get()
+        return self._bundles.before(now) if applied is None else applied.replaces[:32]
 
     def _check_lock_out(self, now: Policy, draft: Policy) -> None:
         """LockedOut also if nobody who may ask for the next change would find enough approvers beside herself."""

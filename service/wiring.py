@@ -341,7 +341,7 @@ def believe(kms: Kms, bundle: Policy, applied: Applied | None) -> None:
     try:
         if kms.applied.get() != applied:
             raise AppliedDamaged("another one was applied while this node started: start it again")
-    except AppliedDamaged as error:
+    except (AppliedDamaged, FreezeRowsDamaged) as error:
         raise BundleRefused("applied bundle", 0, str(error)) from None
     if applied is not None:
         kms.in_force(bundle, applied.digest)
@@ -531,7 +531,7 @@ def row_keys(fleet: Fleet) -> Callable[[str], bytes]:
     def key(region: str) -> bytes:
         group = fleet.groups.get(region)
         if group is None:
-            raise FreezeRowsDamaged(f"a freeze of region {region}: no HSM of that region is configured here")
+            raise FreezeRowsDamaged(f"a row of region {region}: no HSM of that region is configured here")
         return group.row_mac(_ROWS)
 
     return key

@@ -263,6 +263,15 @@ async def test_a_broken_draft_or_one_that_breaks_a_promise_changes_nothing(chang
     refused = await ask(changing, {"files": loose})
     assert refused.status_code == 422
     assert "SOV-EXECUTION" in refused.json()["errors"][0]["detail"]
+    # A rule without a formula leaves everything unproved: no cover for a change of the charter.
+    like = STOP.rstrip()[:-1] + '\nwhen { context.reason like "vendor*" };\n'
+    told = (await ask(changing, {"files": draft(changing, {RULES: like})}, how="plan")).json()
+    assert "health.stop" in told["unproved"]
+    unproved = await ask(changing, {"files": draft(changing, {RULES: like, path: "// looser one day\n"})})
+    assert (unproved.status_code, unproved.json()["file"]) == (422, "charter")
+    assert "unproved" in unproved.json()["errors"][0]["detail"]
+    request = asked(await ask(changing, {"files": draft(changing, {RULES: like})}))
+    assert "health.stop" in str(request.parameters["unproved"])
     assert changing.node.kms.policy is before
 
 

@@ -85,3 +85,14 @@ async def test_the_old_bundle_comes_back_under_a_new_version(lab: Lab, bundle: P
     assert (
         await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
     ).status_code == 200
+
+
+async def test_a_reload_that_leaves_a_power_to_nobody_is_refused_by_name(lab: Lab, bundle: Path) -> None:
+    before = lab.node.kms.policy
+    rise(bundle, before.version + 1)
+    members = bundle / "tenants/health/members.yaml"
+    members.write_text(members.read_text().replace("role: officer", "role: auditor"))
+    answer = await lab.client("platform").post("/v1/policy/reload")
+    assert (answer.status_code, answer.json()["code"]) == (409, "policy_would_lock_out")
+    assert [name.rpartition("/")[2] for name in answer.json()["names"]] == ["health-officer"]
+    assert lab.node.kms.policy is before
