@@ -195,6 +195,8 @@ class Decisions:
     def __init__(self, search: Search, bundles: Bundles, *, callers: Callers, key_facts: KeyFactsOf) -> None:
         self._search, self.bundles = search, bundles
         self._callers, self._key_facts = callers, key_facts
+        # What a key's bounds were at a version of its row: the values that later changes replaced, newest first.
+        self.earlier_bounds: Callable[[uuid.UUID, int], Iterable[Mapping[str, Any]]] = lambda _key, _version: ()
 
     def caller(self, registry: Registry, identity: str, tenant: str) -> Caller | None:
         """Who an identity of a tenant is in a registry's eyes; None if it is nobody there, or cannot be told."""
@@ -332,10 +334,14 @@ class Decisions:
     def _key(self, record: Mapping[str, Any]) -> KeyFacts | None:
         if "key" not in record or "region" not in record:
             return None
+        key = uuid.UUID(record["key"])
         try:
-            return self._key_facts(uuid.UUID(record["key"]))
+            found = self._key_facts(key)
         except KeyNotFound:
             raise FactsLost(f"the row of key {record['key']} is not there any more") from None
+        for was in self.earlier_bounds(key, int(record["kv"])) if "kv" in record else ():
+            found = replace(found, **was)
+        return found
 
 
 def _radius(differences: Iterable[Difference]) -> dict[str, dict[str, int]]:

@@ -30,6 +30,7 @@ class KeyRequests:
         self._kms, self._quorum = kms, quorum
         self._executed_as(DESTROY, "destroy", lambda key, _: kms.keystore.plan_destroy(key, approved=True))
         self._executed_as(SET_POLICY, "setPolicy", self._bounded)
+        kms.decisions.earlier_bounds = self._earlier
 
     # ---- asked -----------------------------------------------------------------------------------------------------
 
@@ -64,6 +65,13 @@ class KeyRequests:
         bounds = msgspec.convert(asked.parameters["to"], Bounds)
         self._fits(key, bounds)
         return self._kms.keystore.plan_bounds(key, bounds)
+
+    def _earlier(self, key: uuid.UUID, version: int) -> list[Mapping[str, Any]]:
+        """What changes of bounds since a version of a key's row took away, newest first."""
+        done = [a for a in self._quorum.executed(SET_POLICY, str(key)) if _version(a) >= version]
+        done.sort(key=_version, reverse=True)
+        bounds = [msgspec.convert(asked.parameters["from"], Bounds) for asked in done]
+        return [{name: getattr(was, name) for name in was.shown()} for was in bounds]
 
     def _executed_as(self, kind: str, action: str, plan: Callable[[Key, Asked], Plan]) -> None:
         def prepare(asked: Asked, approvals: Mapping[str, str]) -> Plan | None:
@@ -120,6 +128,10 @@ class KeyRequests:
 
 
 _CHANGED: Final = "the key was changed since: look at it, then ask again"
+
+
+def _version(asked: Asked) -> int:
+    return int(str(asked.parameters["version"]))
 
 
 def _named(ask: Ask, key: Key) -> dict[str, Any]:

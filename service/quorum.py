@@ -270,6 +270,11 @@ class Quorum:
 
         return await self._kms.read_own(ask, "list_approvals", "readApprovals", read)
 
+    def executed(self, kind: str, key: str) -> list[Asked]:
+        """The requests of a kind about a key that were executed."""
+        asked = [Asked.of(stored.content) for stored in self._rows.executed(f'"key":"{key}"')]
+        return [a for a in asked if a.kind == kind and a.parameters.get("key") == key]
+
     def reachable(self, requester: str, registry: Registry) -> bool:
         """Whether enough approvers could approve what somebody asks for the installation, by the members of a policy."""
         asked = Asked("", self._rule.installation, "", None, {}, requester, 0, 0)

@@ -11,7 +11,7 @@ import secrets
 import string
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -486,6 +486,12 @@ class ApprovalRows:
         chosen = sa.select(_approval).order_by(_approval.c.created_at.desc(), _approval.c.id).limit(limit)
         if tenant is not None:
             chosen = chosen.where(_approval.c.tenant == tenant)
+        with self._engine.execution_options(reading=True).connect() as connection:
+            return [self._checked(row) for row in connection.execute(chosen).mappings()]
+
+    def executed(self, about: str) -> Sequence[StoredApproval]:
+        """Executed requests whose content has this piece of JSON; ApprovalDamaged."""
+        chosen = sa.select(_approval).where(_approval.c.state == "executed", _approval.c.content.contains(about))
         with self._engine.execution_options(reading=True).connect() as connection:
             return [self._checked(row) for row in connection.execute(chosen).mappings()]
 

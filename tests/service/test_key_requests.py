@@ -468,12 +468,24 @@ async def test_a_quorum_widens_who_reaches_a_key_and_lowers_its_tier(voting: Lab
     assert (await far.post(use[0], json={**use[1], "purpose": "billing"})).status_code == 200
     voting.node.kms.keystore.poll()
     assert (await far.post(use[0], json={**use[1], "purpose": "billing"})).status_code == 200
-    lost = await voting.client("health-auditor").get(f"/v1/policy/decisions/{refused['decision_id']}")
-    assert (lost.status_code, lost.json()["code"]) == (409, "facts_lost")
+    used_id = voting.node.kms.search.records(key=key, op="encrypt", out="ok")[0].record["id"]
+    # What was decided under other bounds is explained by those, after one change of them and after two.
+    auditor, decision = voting.client("health-auditor"), f"/v1/policy/decisions/{refused['decision_id']}"
+    told = (await auditor.get(decision)).json()
+    assert (told["request"]["resource"]["reach"], told["request"]["resource"]["tier"]) == (["eu-de-1"], 1)
     # Now that it is tier 2, two suffice.
     narrower = request_in(await bounds(voting, key, reach=["eu-de-1"]))
     assert await signed(voting, narrower, "alice", "bob") == ("executed", ["alice", "bob"])
-    assert (await far.post(use[0], json={**use[1], "purpose": "billing"})).json()["code"] == "region_not_allowed"
+    late = (await far.post(use[0], json={**use[1], "purpose": "billing"})).json()
+    assert late["code"] == "region_not_allowed"
+    for name, tier, purposes in (
+        (refused["decision_id"], 1, ["default"]),
+        (used_id, 2, ["default", "billing"]),
+        (late["decision_id"], 2, ["default", "billing"]),
+    ):
+        made = (await auditor.get(f"/v1/policy/decisions/{name}")).json()["request"]["resource"]
+        assert (made["tier"], made["purposes"]) == (tier, purposes), name
+    assert (await auditor.get(decision)).json()["request"] == told["request"]
 
 
 @pytest.mark.anyio
