@@ -328,7 +328,7 @@ async def test_the_applied_bundle_survives_a_restart_and_every_worker_follows(
         forged = {"digest": evil.digest, "version": 50, "content": content(evil.bundle.sources)}
         engine = sa.create_engine(files.config.database.url)
         with engine.begin() as connection:
-            lab.node.kms.decisions.bundles.keep(connection, evil)
+            lab.node.kms.decisions.bundles.keep(connection, evil, at=lab.clock())
             stored = json.loads(Settings.value(connection, "policy-applied") or "")
             Settings.put(connection, "policy-applied", json.dumps(stored | forged, sort_keys=True))
             Settings.put(connection, "policy-digest", evil.digest)
