@@ -16,6 +16,8 @@ import httpx
 import pytest
 import sqlalchemy as sa
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import structs
 
 from harness import Files, Lab, lab_of, new_key, officer
@@ -243,8 +245,40 @@ async def test_A_20_what_is_not_one_more_persons_signature_of_exactly_this_count
         answer = await attempt
         assert (answer.status_code, answer.json()["code"]) == (403, "approval_refused"), why
         assert why in answer.json()["detail"]
+    # The right key over the right digest, under another domain than that of approvals.
+    pem = (voting.files.config.node.state_dir / "alice.key").read_bytes()
+    private = load_pem_private_key(pem, None)
+    assert isinstance(private, Ed25519PrivateKey)
+    for domain_tag in ("skms-approval/v2", "skms-approval/v1 ", ""):
+        text = f"{domain_tag}\n{request.kind}\n{request.digest()}\n".encode()
+        body = {"approver": "alice", "signature": private.sign(text).hex()}
+        answer = await voting.client("health-custodian").post(f"/v1/approvals/{request.id}/signatures", json=body)
+        assert answer.json()["code"] == "approval_refused", domain_tag
     assert await standing(voting, request) == ("open", ["gemini"], 2)
     assert await state(voting, key) == "enabled"
+
+
+@pytest.mark.anyio
+async def test_two_logins_that_turn_out_to_be_one_human_count_once_from_then_on(
+    voting: Lab, directory: Path, tmp_path: Path
+) -> None:
+    key = await new_key(voting, "AES_256", tier=1)
+    request = request_in(await destruction(voting, key))
+    kms, before = voting.node.kms, voting.node.kms.policy
+    bundle, members = tmp_path / "unlinked", "tenants/health/members.yaml"
+    shutil.copytree(directory / "policy", bundle)
+    listed = yaml.safe_load((bundle / members).read_text())["members"]
+    own = [m | {"person": m["id"]} if m["person"] == "one-human" else m for m in listed]
+    (bundle / members).write_text(yaml.safe_dump({"members": own}))
+    try:
+        kms.policy = Policy.load(bundle, known=before, sample=20)
+        assert await signed(voting, request, "gemini", "twin") == ("open", ["gemini", "twin"])
+    finally:
+        kms.policy = before
+    assert await standing(voting, request) == ("open", ["gemini"], 3)
+    assert await signed(voting, request, "alice") == ("open", ["alice", "gemini"])
+    assert await state(voting, key) == "enabled"
+    assert await signed(voting, request, "bob") == ("executed", ["alice", "bob", "gemini"])
 
 
 @pytest.mark.anyio
