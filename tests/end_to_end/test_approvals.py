@@ -105,6 +105,9 @@ def test_people_destroy_a_key_at_the_command_line_though_the_node_is_killed_betw
             "tier": 3,
             "reach": ["eu-de-1", "eu-de-2", "eu-fi-1", "eu-fr-1"],
         }
+        alice = ("--name", "alice", "--key", "alice.key")
+        assert skms("health-custodian", "approval", "sign", wider["id"], *alice)["approvers"] == ["alice"]
+        assert skms("health-custodian", "approval", "revoke", wider["id"], *alice)["approvers"] == []
         asked = skms("health-operator", "key", "destroy", key, "--reason", "leaked", status=6)
         assert (asked["code"], asked["needed"]) == ("approval_required", 2)
         request = asked["id"]
@@ -112,7 +115,7 @@ def test_people_destroy_a_key_at_the_command_line_though_the_node_is_killed_betw
         skms("health-custodian", "approval", "show", request, "--to", "request.json")
         skms(
             "health-custodian",
-            *("approval", "sign", "request.json", "--name", "alice", "--key", "alice.key", "--to", "alice.json"),
+            *("approval", "sign", "request.json", *alice, "--to", "alice.json"),
         )
         first = skms("health-custodian", "approval", "add", request, "alice.json")
         assert (first["state"], first["approvers"]) == ("open", ["alice"])
