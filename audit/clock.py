@@ -62,7 +62,7 @@ class ClockWatch:
         said = confirmation(self._state_dir)
         if said is None or abs(now - said.at) > FORWARD_US:
             raise StepRefused(
-                f"the clock jumped forward by {(now - was) // 60_000_000} minutes: set it right, or, if it is right now, "
+                f"the clock jumped forward by {round((now - was) / 60e6)} minutes: set it right, or, if it is right now, "
                 "run `skms audit confirm-clock` on this node"
             )
         return Step(was, now, tick, said)

@@ -7,7 +7,7 @@ approval. So a draft is refused only where no way is left at all, and told with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from policy.engine import Policy
@@ -27,6 +27,9 @@ POWERS: Final[tuple[tuple[Of, str], ...]] = (
     ("Key", "enable"),
     ("Key", "suspend"),
 )
+# What the charter asks the most people for, on the tier that it guards best.
+_GUARDED: Final = ("destroy", "setPolicy")
+_STRICTEST_TIER: Final = 1
 _TIER: Final = 3
 _APPROVALS: Final = 16
 
@@ -84,11 +87,36 @@ def holders(policy: Policy, *, now: int) -> Mapping[tuple[str | None, str], tupl
     return found
 
 
+def strictest(policy: Policy, *, now: int) -> int:
+    """The most approvals that the rules ask for anything done to a key: so many must agree to rules that ask for fewer."""
+    found = [0]
+    for tenant in policy.registry.tenant_names():
+        members = sorted((i, m) for i, m in policy.registry.members.items() if m.tenant == tenant)
+        for action in _GUARDED:
+            asked = (
+                request
+                for identity, member in members
+                for request in _best(policy.registry, identity, member, "Key", action, now, tier=_STRICTEST_TIER)
+            )
+            allowed = next((request for request in asked if policy.decide(request).allowed), None)
+            if allowed is not None:
+                found.append(_fewest(policy, allowed))
+    return max(found)
+
+
+def _fewest(policy: Policy, request: Request) -> int:
+    """How few approvals an allowed request would do with."""
+    tried = (replace(request, approvals=count) for count in range(_APPROVALS))
+    return next((one.approvals for one in tried if policy.decide(one).allowed), _APPROVALS)
+
+
 def _may(policy: Policy, identity: str, member: Member, of: Of, action: str, now: int) -> bool:
     return any(policy.decide(r).allowed for r in _best(policy.registry, identity, member, of, action, now))
 
 
-def _best(registry: Registry, identity: str, member: Member, of: Of, action: str, now: int) -> Iterator[Request]:
+def _best(
+    registry: Registry, identity: str, member: Member, of: Of, action: str, now: int, *, tier: int = _TIER
+) -> Iterator[Request]:
     """Requests of a member with the best facts there can be, one for each place of the caller and of the HSM."""
     approved = sorted(registry.expand(["approved"]))
     own = registry.place_of_trust_domain(identity.split(":", 2)[1]) if identity.startswith("mtls:") else None
@@ -98,7 +126,7 @@ def _best(registry: Registry, identity: str, member: Member, of: Of, action: str
             yield Request(
                 caller=caller,
                 action=action,
-                resource=_resource(registry, of, member.tenant, home),
+                resource=_resource(registry, of, member.tenant, home, tier),
                 now=now,
                 hsm=home,
                 via=frozenset({home}),
@@ -109,7 +137,7 @@ def _best(registry: Registry, identity: str, member: Member, of: Of, action: str
             )
 
 
-def _resource(registry: Registry, of: Of, tenant: str | None, home: str) -> Resource:
+def _resource(registry: Registry, of: Of, tenant: str | None, home: str, tier: int) -> Resource:
     if of == "Installation" or tenant is None:
         return InstallationFacts()
     if of == "Tenant":
@@ -118,8 +146,8 @@ def _resource(registry: Registry, of: Of, tenant: str | None, home: str) -> Reso
     return KeyFacts(
         id="any",
         tenant=tenant,
-        tier=_TIER,
-        residency=registry.within_tier(_TIER, tenant) | {home},
+        tier=tier,
+        residency=registry.within_tier(tier, tenant) | {home},
         execution=everywhere,
         reach=everywhere,
         egress=everywhere,

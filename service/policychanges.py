@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 import policy.plan
 from keystore import Plan
 from policy import BundleRefused, LockedOut, Policy
-from policy.lockout import Lost, holders
+from policy.lockout import Lost, holders, strictest
 from service.approvals import Asked
 from service.decisions import BundleLost, content
 from service.kms import POLICY_SETTING, Ask, Kms
@@ -105,6 +105,7 @@ class PolicyChanges:
                 "after": None if applied is None else applied.approval,
                 "files": {change.path: change.change for change in changed},
                 "unproved": unproved,
+                "needed": self._needed(now, wished),
             }
 
         def store(connection: Connection, approval: str) -> None:
@@ -144,6 +145,12 @@ class PolicyChanges:
         """What the bundle in force replaced, by name: also where a release with another schema names it anew."""
         applied = self._kms.applied.get()
         return self._bundles.before(now) if applied is None else applied.replaces[:32]
+
+    def _needed(self, now: Policy, draft: Mapping[str, bytes]) -> int:
+        """As many as the charter in force asks for at most, if it is the charter that changes; else no more than always."""
+        changes = policy.plan.files(under(now.bundle.sources, 1), under(draft, 1))
+        charter = any(change.path.startswith(("charter/", "charter.yaml")) for change in changes)
+        return strictest(now, now=self._clock() // 1_000_000) if charter else 0
 
     def _check_lock_out(self, now: Policy, draft: Policy) -> None:
         """LockedOut also if nobody who may ask for the next change would find enough approvers beside herself."""

@@ -113,7 +113,7 @@ class Quorum:
 
         def decide(decision: str) -> Asked:
             tenant, parameters = wanted()
-            return self._made(made, ask, kind, decision, tenant, parameters, self._rule.needed)
+            return self._made(made, ask, kind, decision, tenant, parameters, _named(parameters))
 
         def storing(decision: str) -> Plan:
             asked = decide(decision)
@@ -203,7 +203,7 @@ class Quorum:
             counted = {name: changed.approvals[name] for name in self._counted(asked, changed)}
             facts["appr"] = (approval_id, asked.digest(), *counted)[: NAMED + 2]
             execution = None
-            if approver in counted and len(counted) >= self._rule.needed:
+            if approver in counted and len(counted) >= max(self._rule.needed, _named(asked.parameters)):
                 execution = self._kinds[asked.kind].prepare(asked, counted)
             if execution is not None:
                 changed = dataclasses.replace(changed, state="executed")
@@ -362,7 +362,7 @@ class Quorum:
             state = "expired"
         elif state == OPEN and self._outdated(asked):
             state = OUTDATED
-        needed = max(self._rule.needed, 0 if how is None else how.needed(asked))
+        needed = max(self._rule.needed, _named(asked.parameters), 0 if how is None else how.needed(asked))
         return Standing(asked, state, self._counted(asked, stored), needed)
 
     def _outdated(self, asked: Asked) -> str:
@@ -410,6 +410,11 @@ class Quorum:
     @property
     def _registry(self) -> Registry:
         return self._kms.policy.registry
+
+
+def _named(parameters: Mapping[str, object]) -> int:
+    """How many approvals a request says that it needs: what is signed says it too. 0 if it says nothing."""
+    return int(str(parameters.get("needed", 0)))
 
 
 def _persons(registry: Registry, identities: Sequence[str]) -> set[tuple[str | None, str]]:

@@ -79,6 +79,8 @@ WHAT_TO_DO: Final[Mapping[str, str]] = {
     "policy_would_lock_out": "leave each power to somebody: a role in members.yaml, and a rule that permits it",
     "policy_stale": "look at `skms policy show`, bring the draft up to date with a higher version, and plan it anew",
     "policy_by_quorum": "`skms policy apply DIR` asks the approvers; `skms policy rollback` asks them for the one before",
+    "approval_refused": "the request is as it was: `skms approval show` tells who counts, [[approvals.approver]] who may approve",
+    "approval_closed": "`skms approval show` tells its state: if it is not executed, ask anew",
     "tier_not_met": "meet each missing condition, or choose another tier; `skms compliance` lists keys below theirs",
 }
 

@@ -8,13 +8,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from service.cli import filecrypt
 from service.cli.client import (
@@ -128,10 +128,7 @@ def show(value: Any) -> None:
     if options.output == "json":
         print(json.dumps(value, indent=2))
         return
-    table = Table(show_header=False, box=None)
-    for name, field in (value or {}).items():
-        table.add_row(name, _cell(field))
-    out.print(table)
+    _rows([(name, _lines(field)) for name, field in (value or {}).items()])
 
 
 def show_list(items: Sequence[dict[str, Any]], *columns: str) -> None:
@@ -139,12 +136,34 @@ def show_list(items: Sequence[dict[str, Any]], *columns: str) -> None:
     if options.output == "json":
         print(json.dumps(list(items), indent=2))
         return
-    table = Table(box=None)
-    for column in columns:
-        table.add_column(column)
-    for item in items:
-        table.add_row(*(_cell(item.get(c)) for c in columns))
-    out.print(table)
+    _rows([columns, *(tuple(_cell(item.get(c)) for c in columns) for item in items)])
+
+
+def _rows(rows: Sequence[tuple[str, ...]]) -> None:
+    """Columns as wide as what is in them: nothing is cut, an id can be copied, and a long line is the terminal's to wrap."""
+    split = [[[_printable(line) for line in cell.split("\n")] for cell in row] for row in rows]
+    widths = [max(len(line) for cell in column for line in cell) for column in zip(*split, strict=True)]
+    for row in split:
+        for line in zip_longest(*row, fillvalue=""):
+            print((" " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True))).rstrip())
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _lines(value: Any) -> str:
+    """A field of one object: nothing that it holds is left out, one thing a line."""
+    match value:
+        case list() if value and isinstance(value[0], dict):
+            return "\n".join(", ".join(f"{k}={_inner(f)}" for k, f in v.items()) for v in value)
+        case dict() if value:
+            return "\n".join(f"{k}={_inner(v)}" for k, v in value.items())
+    return _cell(value)
+
+
+def _inner(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else _cell(value)
 
 
 def _cell(value: Any) -> str:
@@ -2151,6 +2170,7 @@ def dev_up(
     """Make a development node in a directory and serve it in the foreground."""
     from keystore import HsmUnavailable, SelfTestFailed
     from service import dev
+    from service.config import ConfigInvalid
 
     if fronts != "native":
         raise Failed(USAGE, "--fronts: only `native` is there")
@@ -2159,6 +2179,8 @@ def dev_up(
         status = dev.up(directory, shape, port=port, database=database or None, workers=workers)
     except (dev.DevFailed, HsmUnavailable, SelfTestFailed, OSError) as error:
         raise Failed(INTERNAL, str(error)) from None
+    except ConfigInvalid as error:
+        raise Failed(USAGE, str(error)) from None
     raise typer.Exit(status)
 
 

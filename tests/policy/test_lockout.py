@@ -8,12 +8,12 @@ import pytest
 
 from policy import LockedOut, Policy
 from policy.bundle import SHIPPED
-from policy.lockout import POWERS, check, holders, lost
+from policy.lockout import POWERS, check, holders, lost, strictest
 from policy.plan import files, told
 
 NOW = 1_800_000_000
 PEOPLE = "mtls:eu-de-1.gov.example:/health/people"
-MEMBERS, RULES = "tenants/health/members.yaml", "tenants/health/00-roles.cedar"
+CHARTER, MEMBERS, RULES = "charter/00-charter.cedar", "tenants/health/members.yaml", "tenants/health/00-roles.cedar"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,11 @@ def test_a_power_that_somebody_else_still_holds_is_not_lost(shipped: Policy) -> 
     with pytest.raises(LockedOut, match="tenant health could freeze") as refused:
         check(shipped, one, now=NOW)
     assert refused.value.names == [f"{PEOPLE}/officer-1"]
+
+
+def test_the_most_that_the_rules_ask_for_is_what_destroying_a_tier_1_key_takes(shipped: Policy) -> None:
+    fewer = changed(shipped, {CHARTER: ("context.approvals < 3)", "context.approvals < 2)")})
+    assert (strictest(shipped, now=NOW), strictest(fewer, now=NOW)) == (3, 2)
 
 
 def test_a_tenant_leaves_only_when_nothing_of_it_is_left(shipped: Policy) -> None:

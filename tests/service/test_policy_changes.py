@@ -167,6 +167,24 @@ async def test_a_quorum_puts_a_bundle_in_force_and_a_rollback_restores_the_decis
     assert (await ask(changing, {"to": "0" * 12}, how="rollback")).json()["code"] == "bundle_lost"
 
 
+async def test_another_charter_takes_as_many_as_the_one_in_force_asks_for_at_most(
+    changing: Lab, dev_files: Files, tmp_path: Path
+) -> None:
+    more = {"charter/00-charter.cedar": "\n// K13 is for another day.\n"}
+    refused = await ask(changing, {"files": draft(changing, more)})  # carol approves for one tenant alone
+    assert (refused.status_code, refused.json()["code"]) == (403, "approval_refused")
+    assert "2 approvers may approve this and 3 must" in refused.json()["detail"]
+    three = tuple(ApproverSection(n, officer(tmp_path, n)[1], (f"mtls:x:/{n}",)) for n in ("alice", "bob", "dave"))
+    async with lab_of(with_database(dev_files, tmp_path, approvals=ApprovalsSection(approver=three))) as lab:
+        answer = await ask(lab, {"files": draft(lab, more)})
+        request = asked(answer)
+        assert (answer.json()["needed"], request.parameters["needed"]) == (3, 3)
+        states = [(await sign(lab, request, name)).json()["state"] for name in ("alice", "bob", "dave")]
+        assert states == ["open", "open", "executed"]
+        assert lab.node.kms.policy.digest == request.parameters["bundle"]
+        assert (await ask(lab, {"files": draft(lab, {RULES: STOP})})).json()["needed"] == 2
+
+
 async def test_who_may_not_ask_cannot_and_a_tenant_changes_its_own_files_only(changing: Lab) -> None:
     files = draft(changing, {RULES: STOP})
     for who in ("health-operator", "health-eu-de-1", "health-custodian", "health-auditor", "platform"):
