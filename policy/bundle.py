@@ -32,6 +32,7 @@ from policy.transfers import RULE, AgreementRefused, Agreements
 SHIPPED: Final = Path(__file__).parent / "shipped"
 SCHEMA: Final = Path(__file__).parent / "schema.cedarschema"
 FORMAT: Final = 1
+SIGNATURES: Final = "signatures"  # a folder beside the bundle's files, and no part of it
 DEVELOPMENT: Final = "development"  # the supplier of a development node's HSMs
 MAX_FILE: Final = 1 << 20
 OBLIGATIONS: Final = frozenset({"seal-to-recipient", "audit-intent", "no-cache"})
@@ -108,7 +109,7 @@ def read(directory: Path, *, known: Bundle | None = None) -> Bundle:
     directory = Path(directory)
     if not (directory / "charter.yaml").is_file():
         raise BundleRefused(str(directory / "charter.yaml"), 0, "the bundle has no charter.yaml")
-    return made({str(p.relative_to(directory)): _read(p, directory) for p in _files(directory)}, known=known)
+    return made(files_in(directory), known=known)
 
 
 def made(files: Mapping[str, bytes], *, known: Bundle | None = None) -> Bundle:
@@ -171,17 +172,21 @@ def schema_actions() -> Mapping[str, Action]:
     return MappingProxyType(found)
 
 
-def _files(directory: Path) -> Iterator[Path]:
+def files_in(directory: Path) -> dict[str, bytes]:
+    """The files of a bundle in a directory, without its signatures: path -> content; BundleRefused, OSError."""
+    found = {}
     for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
         if path.is_symlink():
-            raise BundleRefused(str(path.relative_to(directory)), 0, "links are not followed")
-        if path.is_file():
-            yield path
+            raise BundleRefused(name, 0, "links are not followed")
+        if path.is_file() and not name.startswith(f"{SIGNATURES}/"):
+            found[name] = _read(path, name)
+    return found
 
 
-def _read(path: Path, directory: Path) -> bytes:
+def _read(path: Path, name: str) -> bytes:
     if path.stat().st_size > MAX_FILE:
-        raise BundleRefused(str(path.relative_to(directory)), 0, f"larger than {MAX_FILE} bytes")
+        raise BundleRefused(name, 0, f"larger than {MAX_FILE} bytes")
     return path.read_bytes()
 
 

@@ -7,12 +7,12 @@ the same requests again (at load all cases and random ones, in service a sample)
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from policy import bundle as bundles
-from policy import selftest
+from policy import selftest, signatures
 from policy.bundle import Bundle, BundleRefused, Rule
 from policy.compiler import Index, RuleFailed
 from policy.facts import Facts
@@ -58,16 +58,19 @@ class Policy:
         *,
         after: Policy | None = None,
         known: Policy | None = None,
+        signers: Sequence[signatures.Signer] = (),
         sample: int = selftest.REQUESTS,
     ) -> Policy:
         """Read, validate, compile and try out a bundle; BundleRefused leaves whatever was in force in force.
 
         `after` is the policy in force: its successor needs a higher version, unless it is byte for byte the same.
         Files that `known` has with the same content are not parsed, validated and compiled again. `sample` is how many
-        random requests the self-test asks both engines, beside all cases.
+        random requests the self-test asks both engines, beside all cases. Each part that has `signers` bears a signature.
         """
         known = known or after
-        return cls._tried(bundles.read(directory, known=None if known is None else known._bundle), after, sample)
+        bundle = bundles.read(directory, known=None if known is None else known._bundle)
+        signatures.check(directory, bundle, signers)
+        return cls._tried(bundle, after, sample)
 
     @classmethod
     def draft(cls, files: Mapping[str, bytes], *, after: Policy | None = None, known: Policy | None = None) -> Policy:

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from service.keyfiles import KeyFileRefused, private_key, public_key
 
 _FIELDS: Final = {"approver", "digest", "kind", "signature"}
 _ASKED: Final = b"skms/approval/v1\0"
@@ -99,13 +100,9 @@ def statement(kind: str, digest: str) -> bytes:
 def approve(kind: str, digest: str, *, name: str, key_file: Path, password: bytes | None = None) -> Approval:
     """Sign with an officer's private key (PEM); ApprovalRefused if the file holds no Ed25519 key."""
     try:
-        key = load_pem_private_key(key_file.read_bytes(), password)
-    except OSError as error:
-        raise ApprovalRefused(f"key {key_file}: {error.strerror}") from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ApprovalRefused(f"key {key_file}: not a private key in PEM, or not with this password") from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ApprovalRefused(f"key {key_file}: approvals are made with Ed25519")
+        key = private_key(key_file, password)
+    except KeyFileRefused as error:
+        raise ApprovalRefused(str(error)) from None
     return Approval(name, kind, digest, key.sign(statement(kind, digest)))
 
 
@@ -128,14 +125,9 @@ def load_approver(
 ) -> Approver:
     """An officer by the public key (PEM) that the configuration names; ApprovalRefused if it is not Ed25519."""
     try:
-        key = load_pem_public_key(path.read_bytes())
-    except OSError as error:
-        raise ApprovalRefused(f"approver {name}, key {path}: {error.strerror}") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise ApprovalRefused(f"approver {name}, key {path}: not a public key in PEM") from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise ApprovalRefused(f"approver {name}, key {path}: approvals are made with Ed25519")
-    return Approver(name, key, identities, tenants)
+        return Approver(name, public_key(path), identities, tenants)
+    except KeyFileRefused as error:
+        raise ApprovalRefused(f"approver {name}, {error}") from None
 
 
 def check(approval: Approval, approvers: Sequence[Approver], *, kind: str, digest: str) -> Approver:

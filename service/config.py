@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from audit.event import KINDS
+from policy.signatures import WHOLE, is_part
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,17}$")]
@@ -75,8 +76,16 @@ class HsmGroupSection(Struct, frozen=True, forbid_unknown_fields=True):
     minimum: Annotated[int, Meta(ge=1, le=16)] = 1
 
 
+class SignerSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose signature a part of the bundle's directory must bear: `bundle` is the whole, `tenants/NAME` a tenant's files."""
+
+    part: str
+    public_key: Path
+
+
 class PolicySection(Struct, frozen=True, forbid_unknown_fields=True):
     bundle: Path
+    signer: tuple[SignerSection, ...] = ()
 
 
 class TrustSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -299,6 +308,7 @@ def _consistent(config: Config, path: Path) -> None:
         raise ConfigInvalid(str(path), 0, "[audit]: disk_warn_percent <= disk_refuse_percent <= disk_stop_percent")
     _sinks_consistent(config, path)
     _approvers_consistent(config.approvals, path)
+    _signers_consistent(config.policy.signer, path)
     for tenant, days in config.audit.tenant_retention_days.items():
         if 0 < days < config.audit.retention_days:
             reason = f"{tenant} = {days}, but every record stays for retention_days = {config.audit.retention_days}"
@@ -318,6 +328,17 @@ def _approvers_consistent(section: ApprovalsSection, path: Path) -> None:
     if names and len(names) < section.needed:
         reason = f"needed = {section.needed}, but there are {len(names)} [[approvals.approver]]"
         raise ConfigInvalid(str(path), 0, f"[approvals]: {reason}")
+
+
+def _signers_consistent(signers: tuple[SignerSection, ...], path: Path) -> None:
+    parts = {signer.part for signer in signers}
+    if wrong := sorted(part for part in parts if not is_part(part)):
+        raise ConfigInvalid(
+            str(path), 0, f"[[policy.signer]]: part {wrong[0]!r} is neither `{WHOLE}` nor `tenants/NAME`"
+        )
+    if parts and WHOLE not in parts:
+        reason = f"nobody signs `{WHOLE}`: the charter and every tenant without a signer would be anybody's"
+        raise ConfigInvalid(str(path), 0, f"[[policy.signer]]: {reason}")
 
 
 _SCHEMES: Final = {"https-json": ("https",), "otlp": ("https",), "syslog": ("tls", "tcp")}

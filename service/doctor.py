@@ -91,10 +91,12 @@ def _hsm(config: Config, name: str) -> str:
 
 def _policy(config: Config) -> str:
     from policy import Policy
+    from service.wiring import signers_of
 
-    found = Policy.load(config.policy.bundle)
+    found = Policy.load(config.policy.bundle, signers=signers_of(config))
     development = " DEVELOPMENT CHARTER: not for real keys" if found.development else ""
-    return f"version {found.version}, digest {found.digest[:12]}{development}"
+    signed = f", signed: {', '.join(sorted({s.part for s in config.policy.signer}))}" if config.policy.signer else ""
+    return f"version {found.version}, digest {found.digest[:12]}{signed}{development}"
 
 
 def _suppliers(config: Config) -> str:

@@ -49,7 +49,9 @@ from keystore import (
 )
 from keystore.pkcs11 import TokenConfig, open_token, total_calls
 from policy import BundleRefused, Freezes, Policy
+from policy.bundle import files_in
 from policy.rows import FreezeRows, FreezeRowsDamaged
+from policy.signatures import Signer
 from service.app import create_app
 from service.approvals import load_approver
 from service.callers import callers
@@ -67,6 +69,7 @@ from service.identity.api_token import ApiTokenProvider
 from service.identity.mtls import MtlsProvider
 from service.identity.oidc import OidcProvider
 from service.jobs import Forwarding, Scheduler, archive_old, index, notarise
+from service.keyfiles import KeyFileRefused, public_key
 from service.keyrequests import KeyRequests
 from service.kms import POLICY_SETTING, Kms, facts_of
 from service.policychanges import PolicyChanges
@@ -318,6 +321,14 @@ async def audit_keys(config: Config, engine: Engine) -> tuple[bytes, ...]:
             group.close()
 
 
+def signers_of(config: Config) -> list[Signer]:
+    """Who signs the bundle's directory; BundleRefused if a key cannot be read."""
+    try:
+        return [Signer(one.part, public_key(one.public_key)) for one in config.policy.signer]
+    except KeyFileRefused as error:
+        raise BundleRefused("signatures", 0, f"[[policy.signer]]: {error}") from None
+
+
 def bundle_at_start(config: Config, engine: Engine) -> tuple[Policy, Applied | None]:
     """The bundle that a quorum applied, whatever the directory holds, or the directory's if none was; BundleRefused.
 
@@ -326,7 +337,7 @@ def bundle_at_start(config: Config, engine: Engine) -> tuple[Policy, Applied | N
     try:
         applied = AppliedRows.named(engine)
         if applied is None:
-            return Policy.load(config.policy.bundle, sample=START_SAMPLE), None
+            return Policy.load(config.policy.bundle, signers=signers_of(config), sample=START_SAMPLE), None
         found = Bundles(engine).in_force(applied)
     except (AppliedDamaged, BundleLost) as error:
         raise BundleRefused("applied bundle", 0, f"{error}; restore the database from a backup that holds it") from None
@@ -350,10 +361,9 @@ def believe(kms: Kms, bundle: Policy, applied: Applied | None) -> None:
 def _holds(directory: Path, bundle: Policy) -> bool:
     """Whether a directory has exactly the files of a bundle."""
     try:
-        found = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-    except OSError:
+        return files_in(directory) == dict(bundle.bundle.sources)
+    except (OSError, BundleRefused):
         return False
-    return found == dict(bundle.bundle.sources)
 
 
 async def kms_of(
@@ -396,7 +406,9 @@ async def kms_of(
             region=config.node.region,
             mark=config.node.state_dir / "policy-version",
         ),
-        load_policy=lambda old: Policy.load(config.policy.bundle, after=old, known=kms.policy),
+        load_policy=lambda old: Policy.load(
+            config.policy.bundle, after=old, known=kms.policy, signers=signers_of(config)
+        ),
         log=log,
         search=(search := Search(engine, index_key)),
         prover=Prover(engine, origin=config.node.origin),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -24,6 +26,7 @@ from typing import Any
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from msgspec import structs
 
 from service.config import Config, load
 from service.wiring import Node, now, wire
@@ -236,6 +239,21 @@ async def new_key(lab: Lab, spec: str, *, tenant: str = "health", **body: Any) -
     answer = await lab.client(f"{tenant}-operator").post("/v1/keys", json=wanted, headers=headers)
     assert answer.status_code == 201, answer.text
     return str(answer.json()["id"])
+
+
+def with_database(files: Files, directory: Path, **changed: Any) -> Files:
+    """The node's files with a database, a state directory and a bundle directory of their own."""
+    directory.mkdir(exist_ok=True)
+    if not (directory / "policy").exists():
+        shutil.copytree(files.config.policy.bundle, directory / "policy")
+    config = structs.replace(
+        files.config,
+        database=structs.replace(files.config.database, url=f"sqlite:///{directory}/skms.db"),
+        node=structs.replace(files.config.node, state_dir=directory),
+        policy=structs.replace(files.config.policy, bundle=directory / "policy"),
+        **changed,
+    )
+    return dataclasses.replace(files, config=config)
 
 
 def officer(directory: Path, name: str) -> tuple[Path, Path]:

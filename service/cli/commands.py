@@ -1299,6 +1299,43 @@ def policy_check(
         raise typer.Exit(FAILED_CHECK)
 
 
+@policy_app.command("sign")
+def policy_sign(
+    directory: Path,
+    part: Annotated[str, typer.Option(help="`bundle` is the whole; `tenants/NAME` are a tenant's files")] = "bundle",
+    key: Annotated[Path | None, typer.Option(help="the signer's Ed25519 key (PEM)")] = None,
+    password_file: Annotated[Path | None, typer.Option(help="password of the key")] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="64 bytes that a card made of what this command prints without --key")
+    ] = None,
+) -> None:
+    """Sign a bundle's directory offline, once it was checked; without --key, print exactly the bytes to sign elsewhere."""
+    from policy import BundleRefused, Policy
+    from policy.signatures import add, is_part, statement
+    from service.keyfiles import KeyFileRefused, private_key
+
+    if not is_part(part):
+        raise Failed(USAGE, f"--part {part}: `bundle`, or `tenants/NAME`")
+    try:
+        found = Policy.load(directory)
+    except BundleRefused as error:
+        raise Failed(FAILED_CHECK, str(error)) from None
+    if part != "bundle" and part.removeprefix("tenants/") not in found.registry.tenant_names():
+        raise Failed(USAGE, f"--part {part}: charter.yaml has no such tenant")
+    said = statement(found.bundle, part)
+    if key is None and signature is None:
+        sys.stdout.buffer.write(said)
+        return
+    try:
+        password = None if password_file is None else read_input(str(password_file)).rstrip(b"\n")
+        made = private_key(key, password).sign(said) if key is not None else read_input(str(signature))
+    except KeyFileRefused as error:
+        raise Failed(USAGE, str(error)) from None
+    if len(made) != 64:
+        raise Failed(USAGE, f"--signature {signature}: {len(made)} bytes, an Ed25519 signature has 64")
+    show({"part": part, "version": found.version, "digest": found.digest, "signature": str(add(directory, part, made))})
+
+
 @policy_app.command("plan")
 def policy_plan(
     directory: Path,
@@ -1439,9 +1476,11 @@ def _files_of(bundle: Path) -> dict[str, str]:
     """A bundle's files; what does not belong in one is refused by whoever reads it."""
     if not (bundle / "charter.yaml").is_file():
         raise Failed(USAGE, f"{bundle}: no bundle is there (no charter.yaml)")
+    from policy.bundle import BundleRefused, files_in
+
     try:
-        return {str(p.relative_to(bundle)): p.read_text() for p in sorted(bundle.rglob("*")) if p.is_file()}
-    except (OSError, UnicodeDecodeError) as error:
+        return {path: data.decode() for path, data in files_in(bundle).items()}
+    except (OSError, UnicodeDecodeError, BundleRefused) as error:
         raise Failed(USAGE, f"{bundle}: {error}") from None
 
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 import yaml
 from msgspec import structs
 
-from harness import Files, Lab, lab_of, new_key, officer
+from harness import Files, Lab, lab_of, new_key, officer, with_database
 from policy import BundleRefused, Policy
 from postgres import Cluster
 from service.approvals import Asked, approve
@@ -38,21 +38,6 @@ STOP = (
 )
 RULES = "tenants/health/00-roles.cedar"
 pytestmark = pytest.mark.anyio
-
-
-def with_database(files: Files, directory: Path, **changed: Any) -> Files:
-    """The node's files with a database, a state directory and a bundle directory of their own."""
-    directory.mkdir(exist_ok=True)
-    if not (directory / "policy").exists():
-        shutil.copytree(files.config.policy.bundle, directory / "policy")
-    config = structs.replace(
-        files.config,
-        database=structs.replace(files.config.database, url=f"sqlite:///{directory}/skms.db"),
-        node=structs.replace(files.config.node, state_dir=directory),
-        policy=structs.replace(files.config.policy, bundle=directory / "policy"),
-        **changed,
-    )
-    return dataclasses.replace(files, config=config)
 
 
 @pytest.fixture(scope="module")

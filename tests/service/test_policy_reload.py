@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
-from harness import Lab, new_key
+from harness import Files, Lab, lab_of, new_key, officer, with_database
+from policy import BundleRefused
+from policy.bundle import read
+from policy.signatures import add, statement
+from service import doctor
+from service.config import SignerSection
+from service.keyfiles import private_key
 
 B64 = base64.b64encode(b"hello").decode()
 pytestmark = pytest.mark.anyio
@@ -51,6 +59,33 @@ async def test_a_refused_bundle_names_file_and_reason_and_changes_nothing(lab: L
     assert (
         await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
     ).status_code == 200
+
+
+async def test_a_directory_that_must_be_signed_is_taken_with_signatures_only(dev_files: Files, tmp_path: Path) -> None:
+    key, public = officer(tmp_path, "authority")
+    files = with_database(dev_files, tmp_path)
+    directory = files.config.policy.bundle
+    section = structs.replace(files.config.policy, signer=(SignerSection("bundle", public),))
+    files = dataclasses.replace(files, config=structs.replace(files.config, policy=section))
+    with pytest.raises(BundleRefused, match="not there, and the configuration wants it"):
+        async with lab_of(files):
+            pass
+    found = {f.check: f for f in await asyncio.to_thread(doctor.examine, files.config)}["policy"]
+    assert (found.good, "signatures/bundle.sig" in found.detail) == (False, True)
+    sign(directory, key)
+    async with lab_of(files) as lab:
+        before = lab.node.kms.policy
+        rise(directory, before.version + 1)  # whoever can write the directory
+        answer = await lab.client("platform").post("/v1/policy/reload")
+        assert (answer.status_code, answer.json()["file"]) == (422, "signatures/bundle.sig")
+        assert lab.node.kms.policy is before
+        sign(directory, key)
+        answer = await lab.client("platform").post("/v1/policy/reload")
+        assert (answer.status_code, answer.json()["version"]) == (200, before.version + 1)
+
+
+def sign(directory: Path, key: Path) -> None:
+    add(directory, "bundle", private_key(key).sign(statement(read(directory), "bundle")))
 
 
 async def test_a_new_bundle_decides_at_once_here_and_soon_on_other_workers(

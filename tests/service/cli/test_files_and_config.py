@@ -157,6 +157,23 @@ def test_a_sink_that_would_lose_records_or_hold_a_secret_is_refused(
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (('part = "bundle"', 'part = "tenants/defence"'), "nobody signs `bundle`"),
+        (('part = "tenants/health"', 'part = "tenants/../x"'), "neither `bundle` nor `tenants/NAME`"),
+        (('part = "tenants/health"', 'part = "charter"'), "'charter' is neither"),
+    ],
+)
+def test_signers_of_parts_that_there_are_not_are_refused(tmp_path: Path, change: tuple[str, str], reason: str) -> None:
+    text = (ROOT / "deploy" / "skms.example.toml").read_text()
+    assert change[0] in text
+    path = tmp_path / "skms.toml"
+    path.write_text(text.replace(*change, 1))
+    with pytest.raises(ConfigInvalid, match=reason):
+        load(path, environment={})
+
+
 def test_a_collector_on_this_machine_may_be_asked_without_tls(tmp_path: Path) -> None:
     text = (ROOT / "deploy" / "skms.example.toml").read_text()
     path = tmp_path / "skms.toml"

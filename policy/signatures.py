@@ -1,0 +1,111 @@
+"""Signatures on a bundle in a directory: the installation's authority signs the whole, a tenant its own files.
+
+Whoever can write the directory could otherwise change the policy. A configured signer makes a part's signature mandatory;
+what a quorum puts in force is signed by those who approve it, and needs no file.
+
+    signatures/bundle.sig             base64 of 64 bytes, one signature a line; one that verifies is enough
+    signatures/tenants/health.sig
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from policy.bundle import SIGNATURES, Bundle, BundleRefused
+from policy.places import NAME
+
+WHOLE: Final = "bundle"
+_LARGEST: Final = 4_096  # bytes of a file of signatures
+_SIGNATURE_SIZE: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Whose signature a part must bear: `bundle`, or `tenants/NAME`. Of several signers of a part, one is enough."""
+
+    part: str
+    key: Ed25519PublicKey
+
+
+def is_part(name: str) -> bool:
+    """Whether something can be signed under this name: paths are made of it."""
+    return name == WHOLE or re.fullmatch(rf"tenants/{NAME.pattern}", name) is not None
+
+
+def statement(bundle: Bundle, part: str) -> bytes:
+    """What is signed, with Ed25519 (RFC 8032): three lines, the last one hex SHA-256 of the part's manifest.
+
+    The whole is signed with its version, so that no earlier content passes for a later one; a tenant's files are signed
+    without, so that they need no new signature when others change. The schema is the release's and stands in neither.
+    """
+    prefix = "" if part == WHOLE else f"{part}/"
+    files = {path: hashlib.sha256(data).hexdigest() for path, data in bundle.sources.items() if path.startswith(prefix)}
+    manifest = json.dumps({"files": files, "part": part}, sort_keys=True, separators=(",", ":"))
+    version = bundle.version if part == WHOLE else "-"
+    return f"skms-policy-signature/v1\n{part} {version}\n{hashlib.sha256(manifest.encode()).hexdigest()}\n".encode()
+
+
+def add(directory: Path, part: str, signature: bytes) -> Path:
+    """Write a part's signature beside the bundle, in place of earlier ones; the file's path."""
+    path = _path(directory, part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(base64.b64encode(signature).decode() + "\n")
+    return path
+
+
+def check(directory: Path, bundle: Bundle, signers: Sequence[Signer]) -> None:
+    """BundleRefused if a part that has signers bears no signature of any of them; one for a tenant that left is moot."""
+    for part in sorted({signer.part for signer in signers}):
+        if part != WHOLE and part.removeprefix("tenants/") not in bundle.registry.tenant_names():
+            continue
+        said = statement(bundle, part)
+        found = _signatures(_path(directory, part), directory)
+        if not any(_verifies(s.key, one, said) for s in signers if s.part == part for one in found):
+            name = str(_path(Path(), part))
+            raise BundleRefused(name, 0, f"no signature of a signer of {part!r} on what the directory holds; {_HOW}")
+
+
+_HOW: Final = "the one who holds that key signs with `skms policy sign`"
+
+
+def _path(directory: Path, part: str) -> Path:
+    return directory / SIGNATURES / f"{part}.sig"
+
+
+def _signatures(path: Path, directory: Path) -> list[bytes]:
+    name = str(path.relative_to(directory))
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+    except FileNotFoundError:
+        raise BundleRefused(name, 0, f"not there, and the configuration wants it; {_HOW}") from None
+    if len(data) > _LARGEST:
+        raise BundleRefused(name, 0, f"larger than {_LARGEST} bytes")
+    found = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            found.append(base64.b64decode(line, validate=True))
+        except binascii.Error:
+            raise BundleRefused(name, number, "not base64") from None
+        if len(found[-1]) != _SIGNATURE_SIZE:
+            raise BundleRefused(name, number, f"not an Ed25519 signature of {_SIGNATURE_SIZE} bytes")
+    return found
+
+
+def _verifies(key: Ed25519PublicKey, signature: bytes, said: bytes) -> bool:
+    try:
+        key.verify(signature, said)
+    except InvalidSignature:
+        return False
+    return True
