@@ -35,6 +35,38 @@ class Approver:
     key: Ed25519PublicKey
     identities: tuple[str, ...] = ()  # as which the service knows the same person: whoever asks does not approve
     tenants: tuple[str, ...] = ()  # whose requests; empty: everybody's
+    groups: tuple[str, ...] = ()  # such as nation:DE: which places of a rule the officer can fill
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRule:
+    """Places that approvers fill, beside the number that it takes: each names a group, and takes another person.
+
+    Without `kinds` it is about requests of every kind, without `tenants` about everybody's and the installation's.
+    """
+
+    places: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    tenants: tuple[str, ...] = ()
+
+    def concerns(self, kind: str, tenant: str | None) -> bool:
+        """Whether it is about such a request."""
+        return (not self.kinds or kind in self.kinds) and (not self.tenants or tenant in self.tenants)
+
+    def unfilled(self, officers: Sequence[Approver]) -> tuple[str, ...]:
+        """The places that these officers, all different persons, leave open however they are seated."""
+        seats: dict[int, int] = {}  # officer -> place
+
+        def seated(place: int, tried: set[int]) -> bool:
+            for number, officer in enumerate(officers):
+                if self.places[place] in officer.groups and number not in tried:
+                    tried.add(number)
+                    if number not in seats or seated(seats[number], tried):
+                        seats[number] = place
+                        return True
+            return False
+
+        return tuple(name for place, name in enumerate(self.places) if not seated(place, set()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +153,16 @@ def load_approval(path: Path) -> Approval:
 
 
 def load_approver(
-    name: str, path: Path, *, identities: tuple[str, ...] = (), tenants: tuple[str, ...] = ()
+    name: str,
+    path: Path,
+    *,
+    identities: tuple[str, ...] = (),
+    tenants: tuple[str, ...] = (),
+    groups: tuple[str, ...] = (),
 ) -> Approver:
     """An officer by the public key (PEM) that the configuration names; ApprovalRefused if it is not Ed25519."""
     try:
-        return Approver(name, public_key(path), identities, tenants)
+        return Approver(name, public_key(path), identities, tenants, groups)
     except KeyFileRefused as error:
         raise ApprovalRefused(f"approver {name}, {error}") from None
 
@@ -145,18 +182,26 @@ def check(approval: Approval, approvers: Sequence[Approver], *, kind: str, diges
 
 
 def quorum(
-    given: Sequence[Approval], approvers: Sequence[Approver], *, kind: str, digest: str, needed: int
+    given: Sequence[Approval],
+    approvers: Sequence[Approver],
+    *,
+    kind: str,
+    digest: str,
+    needed: int,
+    rules: Sequence[GroupRule] = (),
 ) -> tuple[Approval, ...]:
     """The approvals, if each is right and enough different officers gave them; ApprovalRefused otherwise.
 
-    One key under two names is one officer.
+    One key under two names is one officer. The request is the installation's.
     """
-    officers: dict[bytes, str] = {}
+    officers: dict[bytes, Approver] = {}
     for approval in given:
-        key = check(approval, approvers, kind=kind, digest=digest).key
-        other = officers.setdefault(key.public_bytes_raw(), approval.approver)
+        officer = check(approval, approvers, kind=kind, digest=digest)
+        other = officers.setdefault(officer.key.public_bytes_raw(), officer).name
         if sum(a.approver == approval.approver for a in given) > 1 or other != approval.approver:
             raise ApprovalRefused(f"{other} and {approval.approver} are one officer: each counts once")
     if len(officers) < needed:
         raise ApprovalRefused(f"{len(officers)} of {needed} approvals: different officers must approve this request")
+    if lacking := [name for r in rules if r.concerns(kind, None) for name in r.unfilled([*officers.values()])]:
+        raise ApprovalRefused(f"an officer of {lacking[0]} must approve this request: see [[approvals.rule]]")
     return tuple(given)

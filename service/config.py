@@ -25,6 +25,7 @@ Port = Annotated[int, Meta(ge=0, le=65_535)]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,17}$")]
 Place = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 TenantName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Group = Annotated[str, Meta(pattern=r"^[a-z]{1,32}:[A-Za-z0-9-]{1,64}$")]  # nation:DE
 Days = Annotated[int, Meta(ge=0, le=36_500)]
 
 
@@ -152,6 +153,25 @@ class ApproverSection(Struct, frozen=True, forbid_unknown_fields=True):
     public_key: Path
     identities: tuple[Annotated[str, Meta(min_length=1, max_length=512)], ...] = ()
     tenants: tuple[Place, ...] = ()  # whose requests; empty: everybody's
+    groups: tuple[Group, ...] = ()
+
+
+class GroupSection(Struct, frozen=True, forbid_unknown_fields=True):
+    group: Group
+    min: Annotated[int, Meta(ge=1, le=16)]
+
+
+class GroupRuleSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Of which groups the approvers are, beside how many: a person fills one place."""
+
+    groups: Annotated[tuple[GroupSection, ...], Meta(min_length=1, max_length=16)]
+    kinds: tuple[Literal["destroy_key", "set_key_policy", "lift_freeze", "policy", "audit-recover"], ...] = ()
+    tenants: tuple[Place, ...] = ()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Each place by the group that fills it."""
+        return tuple(one.group for one in self.groups for _ in range(one.min))
 
 
 class ApprovalsSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -160,6 +180,7 @@ class ApprovalsSection(Struct, frozen=True, forbid_unknown_fields=True):
     needed: Annotated[int, Meta(ge=2, le=16)] = 2
     lifetime_s: Annotated[int, Meta(ge=60, le=86_400)] = 3_600
     approver: tuple[ApproverSection, ...] = ()
+    rule: tuple[GroupRuleSection, ...] = ()
 
 
 class WitnessesSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -328,6 +349,15 @@ def _approvers_consistent(section: ApprovalsSection, path: Path) -> None:
     if names and len(names) < section.needed:
         reason = f"needed = {section.needed}, but there are {len(names)} [[approvals.approver]]"
         raise ConfigInvalid(str(path), 0, f"[approvals]: {reason}")
+    for rule in section.rule:
+        named = [one.group for one in rule.groups]
+        if len(set(named)) != len(named):
+            raise ConfigInvalid(str(path), 0, "[[approvals.rule]]: a group stands there twice: write one `min` for it")
+        for one in rule.groups:
+            members = sum(one.group in a.groups for a in section.approver)
+            if members < one.min:
+                reason = f"min = {one.min}, but {members} [[approvals.approver]] have it in `groups`"
+                raise ConfigInvalid(str(path), 0, f"[[approvals.rule]] {one.group}: {reason}")
 
 
 def _signers_consistent(signers: tuple[SignerSection, ...], path: Path) -> None:

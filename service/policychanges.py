@@ -157,7 +157,11 @@ class PolicyChanges:
         self._kms.check_lock_out(draft)
         seconds = self._clock() // 1_000_000
         before, after = (
-            [one for one in holders(p, now=seconds)[None, CHANGE] if self._quorum.reachable(one, p.registry)]
+            [
+                one
+                for one in holders(p, now=seconds)[None, CHANGE]
+                if self._quorum.reachable(one, p.registry, kind=POLICY)
+            ]
             for p in (now, draft)
         )
         if before and not after:

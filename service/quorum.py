@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from keystore import Key, Plan
 from policy import Registry
-from service.approvals import Approval, ApprovalRefused, Approver, Asked, check, revocation
+from service.approvals import Approval, ApprovalRefused, Approver, Asked, GroupRule, check, revocation
 from service.kms import APPROVAL_REQUIRED, Ask, Kms
 from service.outcome import ApprovalClosed, NotFound
 from service.rows import ApprovalRows, StoredApproval
@@ -58,16 +58,21 @@ class Rule:
     needed: int
     lifetime_s: int
     installation: str
+    groups: tuple[GroupRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A request and how it stands: open, executed, cancelled, expired or outdated; `approvers` are those who count now."""
+    """A request and how it stands: open, executed, cancelled, expired or outdated; `approvers` are those who count now.
+
+    `missing` are the groups of which somebody must approve yet.
+    """
 
     asked: Asked
     state: str
     approvers: tuple[str, ...]
     needed: int
+    missing: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -76,12 +81,13 @@ class _Made:
 
     asked: Asked | None = None
     needed: int = 0
+    missing: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     def standing(self) -> Standing:
         if self.asked is None:
             raise RuntimeError("nothing was asked for")
-        return Standing(self.asked, OPEN, (), self.needed)
+        return Standing(self.asked, OPEN, (), self.needed, self.missing)
 
 
 class Quorum:
@@ -200,10 +206,12 @@ class Quorum:
             seen = self._opened(self._rows.get(approval_id), ask)
             asked = Asked.of(seen.content)
             changed = dataclasses.replace(seen, approvals={**seen.approvals, approver: accepted(asked, seen)})
-            counted = {name: changed.approvals[name] for name in self._counted(asked, changed)}
+            officers = self._counted(asked, changed)
+            counted = {officer.name: changed.approvals[officer.name] for officer in officers}
             facts["appr"] = (approval_id, asked.digest(), *counted)[: NAMED + 2]
             execution = None
-            if approver in counted and len(counted) >= max(self._rule.needed, _named(asked.parameters)):
+            enough = len(counted) >= self._needed(asked) and not self._missing(asked, officers)
+            if approver in counted and enough:
                 execution = self._kinds[asked.kind].prepare(asked, counted)
             if execution is not None:
                 changed = dataclasses.replace(changed, state="executed")
@@ -275,11 +283,12 @@ class Quorum:
         asked = [Asked.of(stored.content) for stored in self._rows.executed(f'"key":"{key}"')]
         return [a for a in asked if a.kind == kind and a.parameters.get("key") == key]
 
-    def reachable(self, requester: str, registry: Registry) -> bool:
+    def reachable(self, requester: str, registry: Registry, *, kind: str) -> bool:
         """Whether enough approvers could approve what somebody asks for the installation, by the members of a policy."""
-        asked = Asked("", self._rule.installation, "", None, {}, requester, 0, 0)
+        asked = Asked("", self._rule.installation, kind, None, {}, requester, 0, 0)
         able = (a for a in self._rule.approvers if not self._unfit(a, asked, registry))
-        return len(_distinct(able, registry)) >= self._rule.needed
+        people = _distinct(able, registry)
+        return len(people) >= self._needed(asked) and not self._missing(asked, people)
 
     def open(self, approval_id: str) -> bool:
         """Whether a request still collects approvals."""
@@ -299,8 +308,9 @@ class Quorum:
         wanted: int,
     ) -> Asked:
         now, rule = self._clock(), self._rule
-        expires, needed = now + rule.lifetime_s * 1_000_000, max(wanted, rule.needed)
+        expires = now + rule.lifetime_s * 1_000_000
         asked = Asked(decision, rule.installation, kind, tenant, parameters, ask.caller.id, now, expires)
+        needed = max(wanted, self._needed(asked))
         able = _distinct((a for a in rule.approvers if not self._unfit(a, asked, self._registry)), self._registry)
         if not rule.approvers:
             raise ApprovalRefused(
@@ -310,7 +320,11 @@ class Quorum:
             raise ApprovalRefused(
                 f"{len(able)} approvers may approve this and {needed} must: see [[approvals.approver]]"
             )
-        made.asked, made.needed = asked, needed
+        if lacking := self._missing(asked, able):
+            raise ApprovalRefused(
+                f"nobody of {lacking[0]} may approve this beside the others, and one must: see [[approvals.rule]]"
+            )
+        made.asked, made.needed, made.missing = asked, needed, self._missing(asked, ())
         made.facts["appr"] = (asked.id, asked.digest())
         return asked
 
@@ -362,14 +376,26 @@ class Quorum:
             state = "expired"
         elif state == OPEN and self._outdated(asked):
             state = OUTDATED
-        needed = max(self._rule.needed, _named(asked.parameters), 0 if how is None else how.needed(asked))
-        return Standing(asked, state, self._counted(asked, stored), needed)
+        needed = max(self._needed(asked), 0 if how is None else how.needed(asked))
+        officers = self._counted(asked, stored)
+        return Standing(asked, state, tuple(a.name for a in officers), needed, self._missing(asked, officers))
+
+    def _needed(self, asked: Asked) -> int:
+        """How many approvals it takes at the least, whatever the rules of a kind ask for."""
+        return max(self._rule.needed, _named(asked.parameters), *(len(r.places) for r in self._rules(asked)))
+
+    def _missing(self, asked: Asked, officers: Sequence[Approver]) -> tuple[str, ...]:
+        """The groups of which somebody must approve beside these officers."""
+        return tuple(name for rule in self._rules(asked) for name in rule.unfilled(officers))
+
+    def _rules(self, asked: Asked) -> list[GroupRule]:
+        return [rule for rule in self._rule.groups if rule.concerns(asked.kind, asked.tenant)]
 
     def _outdated(self, asked: Asked) -> str:
         how = self._kinds.get(asked.kind)
         return "this release executes no such request" if how is None else how.outdated(asked)
 
-    def _counted(self, asked: Asked, stored: StoredApproval) -> tuple[str, ...]:
+    def _counted(self, asked: Asked, stored: StoredApproval) -> list[Approver]:
         """Who approves as of now: an approver who left the configuration, or whose key did, counts no more."""
         found = []
         for name, signature in sorted(stored.approvals.items()):
@@ -379,7 +405,7 @@ class Quorum:
                 found.append(self._fit(asked, Approval(name, asked.kind, asked.digest(), bytes.fromhex(signature))))
             except ApprovalRefused:
                 continue
-        return tuple(a.name for a in _distinct(found, self._registry))
+        return _distinct(found, self._registry)
 
     def _signed(self, asked: Asked, stored: StoredApproval, new: Approval) -> None:
         """ApprovalRefused unless this is one more approver's right signature over exactly this request."""

@@ -21,12 +21,12 @@ from audit.event import Recovery
 from audit.generation import KIND, LIFE_US, NEEDED, RecoveryRefused, digest_of, open_generation, opened, recovery_of
 from audit.rollback import Findings
 from keystore import Catalog, Fleet
-from service.approvals import Approval, ApprovalRefused, load_approver, quorum
+from service.approvals import Approval, ApprovalRefused, quorum
 from service.config import Config
 from service.database import migrate, open_engine
 from service.jobs import NOTARY
 from service.rows import Lease
-from service.wiring import guard_of, notary_of, now, open_fleet
+from service.wiring import approvers_of, guard_of, notary_of, now, open_fleet, rules_of
 
 LEASE_S: Final = 60
 WAIT_S: Final = 20.0  # for the lease of a notary that has just stopped
@@ -117,9 +117,9 @@ def _approved(config: Config, recovery: Recovery, given: Sequence[Approval], at:
         raise ApprovalRefused("the request is for another installation")
     if not 0 <= at - recovery.asked <= LIFE_US:
         raise ApprovalRefused("the request is more than an hour old: make a new one, and have that approved")
-    officers = [load_approver(a.name, a.public_key) for a in config.approvals.approver]
+    officers, rules = approvers_of(config.approvals), rules_of(config.approvals)
     needed = max(NEEDED, config.approvals.needed)
-    agreed = quorum(given, officers, kind=KIND, digest=digest_of(recovery), needed=needed)
+    agreed = quorum(given, officers, kind=KIND, digest=digest_of(recovery), needed=needed, rules=rules)
     return sorted((a.approver, a.signature.hex()) for a in agreed)
 
 

@@ -53,11 +53,11 @@ from policy.bundle import files_in
 from policy.rows import FreezeRows, FreezeRowsDamaged
 from policy.signatures import Signer
 from service.app import create_app
-from service.approvals import load_approver
+from service.approvals import Approver, GroupRule, load_approver
 from service.callers import callers
 from service.ceremonies import record_ceremonies
 from service.compliance import Bars
-from service.config import Config, FolderAnchor, HsmAnchor, SinkSection, WriteOnceAnchor
+from service.config import ApprovalsSection, Config, FolderAnchor, HsmAnchor, SinkSection, WriteOnceAnchor
 from service.containment import Containment
 from service.database import close_engine, migrate, open_engine, ping
 from service.decisions import BundleLost, Bundles, Decisions
@@ -508,15 +508,27 @@ def serving(fleet: Fleet, region: str) -> frozenset[str]:
     return frozenset[str]() if group is None else frozenset(m.name for m in group.members() if m.admin != Admin.DRAINED)
 
 
+def approvers_of(section: ApprovalsSection) -> tuple[Approver, ...]:
+    """The approvers of a configuration; ApprovalRefused if a key cannot be read."""
+    return tuple(
+        load_approver(a.name, a.public_key, identities=a.identities, tenants=a.tenants, groups=a.groups)
+        for a in section.approver
+    )
+
+
+def rules_of(section: ApprovalsSection) -> tuple[GroupRule, ...]:
+    """Which groups approve, by a configuration."""
+    return tuple(GroupRule(rule.places, rule.kinds, rule.tenants) for rule in section.rule)
+
+
 def quorum_of(
     config: Config, kms: Kms, engine: Engine, key: Callable[[str], bytes], *, clock: Callable[[], int]
 ) -> Quorum:
     """The requests that approvers of a configuration decide about."""
     section = config.approvals
-    approvers = tuple(
-        load_approver(a.name, a.public_key, identities=a.identities, tenants=a.tenants) for a in section.approver
+    rule = Rule(
+        approvers_of(section), section.needed, section.lifetime_s, str(config.node.installation), rules_of(section)
     )
-    rule = Rule(approvers, section.needed, section.lifetime_s, str(config.node.installation))
     return Quorum(kms, ApprovalRows(engine, key=key, region=config.node.region), rule, clock=clock)
 
 

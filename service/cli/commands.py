@@ -829,7 +829,7 @@ def compliance() -> None:
 def approval_list() -> None:
     """Requests for approval, newest first."""
     found = options.client().get("/v1/approvals")["items"]
-    show_list(found, "id", "kind", "state", "approvers", "needed", "created_at", "expires_at")
+    show_list(found, "id", "kind", "state", "approvers", "needed", "missing", "created_at", "expires_at")
 
 
 @approval_app.command("show")

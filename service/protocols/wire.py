@@ -593,6 +593,7 @@ def approval_json(standing: Standing) -> dict[str, Any]:
         "digest": asked.digest(),
         "needed": standing.needed,
         "approvers": list(standing.approvers),
+        "missing": list(standing.missing),
         "created_at": moment(asked.created),
         "expires_at": moment(asked.expires),
     }
@@ -907,6 +908,7 @@ class ApprovalAnswer(Struct):
     digest: str
     needed: int
     approvers: list[str]
+    missing: list[str]  # groups of which somebody must approve yet
     created_at: str
     expires_at: str
     code: Literal["approval_required"] | UnsetType = UNSET  # of the answer to who asked

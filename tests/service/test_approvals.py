@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from harness import officer
-from service.approvals import ApprovalRefused, Approver, approve, load_approval, load_approver, quorum
+from service.approvals import ApprovalRefused, Approver, GroupRule, approve, load_approval, load_approver, quorum
 
 KIND, DIGEST = "audit-recover", "ab" * 32
 
@@ -49,6 +49,21 @@ def test_A_20_whatever_is_not_two_officers_right_approvals_is_refused(officers: 
     ):
         with pytest.raises(ApprovalRefused, match=why):
             quorum(given, known, kind=KIND, digest=DIGEST, needed=2)
+
+
+def test_a_rule_of_groups_holds_offline_too(officers: list[Approver], tmp_path: Path) -> None:
+    nations = {"alice": "nation:DE", "bob": "nation:DE", "carol": "nation:FR"}
+    known = [replace(one, groups=(nations[one.name],)) for one in officers]
+    given = {n: approve(KIND, DIGEST, name=n, key_file=tmp_path / f"{n}.key") for n in nations}
+    rules = [
+        GroupRule(("nation:DE", "nation:FR"), (KIND,)),
+        GroupRule(("nation:FR", "nation:FR"), ("policy",)),
+        GroupRule(("nation:FR", "nation:FR"), (), ("health",)),  # a recovery is the installation's
+    ]
+    with pytest.raises(ApprovalRefused, match="an officer of nation:FR must approve"):
+        quorum([given["alice"], given["bob"]], known, kind=KIND, digest=DIGEST, needed=2, rules=rules)
+    agreed = quorum([given["bob"], given["carol"]], known, kind=KIND, digest=DIGEST, needed=2, rules=rules)
+    assert [a.approver for a in agreed] == ["bob", "carol"]
 
 
 def test_keys_and_files_of_another_kind_are_named(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import itertools
 import json
+import random
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,11 +16,20 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import structs
 
 from harness import Files, Lab, lab_of, new_key, officer
-from service.approvals import Asked, approve
-from service.config import ApprovalsSection, ApproverSection, Config, ConfigInvalid, load
+from service.approvals import Approver, Asked, GroupRule, approve
+from service.config import (
+    ApprovalsSection,
+    ApproverSection,
+    Config,
+    ConfigInvalid,
+    GroupRuleSection,
+    GroupSection,
+    load,
+)
 from service.dev import domain
 
 B64 = base64.b64encode(b"hello").decode()
@@ -217,16 +228,102 @@ async def test_a_request_that_is_late_or_altered_or_lost_an_approver_lifts_nothi
         assert await use(lab, key) == 423
 
 
+@pytest.mark.anyio
+async def test_nations_approve_together_and_a_person_fills_one_place(quorum_files: Files, tmp_path: Path) -> None:
+    groups = {
+        "alice": ("nation:DE", "nation:FR"), "bob": ("nation:DE",), "erin": ("nation:FR",), "frank": ("nation:DE",),
+        "dave": ("nation:FR",),
+    }  # fmt: skip
+    keys = {name: officer(tmp_path, name)[1] for name in groups}
+    keys["dave"] = keys["alice"]  # one person through two groups
+    section = ApprovalsSection(
+        approver=tuple(ApproverSection(n, keys[n], (f"mtls:x:/{n}",), (), groups[n]) for n in groups),
+        rule=(
+            GroupRuleSection(
+                (GroupSection("nation:DE", 2), GroupSection("nation:FR", 1)), ("lift_freeze",), ("health",)
+            ),
+            GroupRuleSection((GroupSection("nation:FR", 3),), ("destroy_key",)),
+        ),
+    )
+    config = structs.replace(quorum_files.config, approvals=section)
+    async with lab_of(dataclasses.replace(quorum_files, config=config)) as lab:
+        key, freeze = await frozen(lab)
+        request = await asked(lab, freeze)
+
+        async def signed(name: str) -> tuple[str, list[str], int]:
+            made = approve(request.kind, request.digest(), name=name, key_file=tmp_path / f"{name}.key")
+            body = {"approver": name, "signature": made.signature.hex()}
+            answer = await lab.client("health-custodian").post(f"/v1/approvals/{request.id}/signatures", json=body)
+            assert answer.status_code == 200, answer.text
+            found = answer.json()
+            return found["state"], found["missing"], found["needed"]
+
+        assert await signed("bob") == ("open", ["nation:DE", "nation:FR"], 3)
+        assert await signed("frank") == ("open", ["nation:FR"], 3)
+        assert await signed("alice") == ("executed", [], 3)  # for France, since Germany's places are taken
+        await thawed(lab, key)
+
+        key, freeze = await frozen(lab)
+        request = await asked(lab, freeze)
+        assert await signed("alice") == ("open", ["nation:DE", "nation:FR"], 3)
+        assert await signed("erin") == ("open", ["nation:DE"], 3)  # alice is Germany's now
+        assert await signed("bob") == ("executed", [], 3)
+
+        operator = lab.client("health-operator")
+        headers = fresh() | {"If-Match": (await operator.get(f"/v1/keys/{key}")).headers["etag"]}
+        body = {"reason": {"code": "leaked"}}
+        answer = await operator.post(f"/v1/keys/{key}/destroy", json=body, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (403, "approval_refused")
+        assert "nobody of nation:FR may approve this beside the others" in answer.json()["detail"]
+
+
+def test_places_are_filled_if_there_is_a_way_at_all() -> None:
+    key = Ed25519PrivateKey.generate().public_key()
+
+    def unfilled(places: str, *officers: str) -> tuple[str, ...]:
+        found = [Approver(str(n), key, groups=tuple(groups)) for n, groups in enumerate(officers)]
+        return GroupRule(tuple(places)).unfilled(found)
+
+    assert unfilled("ab", "ab", "a") == ()
+    assert unfilled("abc", "abc", "ab", "a") == ()
+    assert unfilled("aab", "ab", "ab") == ("b",)
+    assert unfilled("aab", "ab", "b", "b") == ("a",)
+    assert unfilled("ab", "ab") == ("b",)
+    assert unfilled("a") == ("a",)
+    for seed in range(200):  # against every order of seating
+        chance = random.Random(seed)
+        places = [chance.choice("abc") for _ in range(3)]
+        officers = ["".join(g for g in "abc" if chance.random() < 0.4) for _ in range(chance.randrange(5))]
+        most = max(
+            sum(place in groups for place, groups in zip(places, order, strict=False))
+            for order in itertools.permutations([*officers, "", "", ""])
+        )
+        assert len(unfilled("".join(places), *officers)) == 3 - most
+
+
 def test_a_quorum_of_one_or_of_more_than_there_are_is_refused_at_load(dev_files: Files, tmp_path: Path) -> None:
     text = dev_files.config_file.read_text()
     one = f'[[approvals.approver]]\nname = "alice"\npublic_key = "{tmp_path}/alice.pem"\nidentities = ["mtls:a:/b"]\n'
     bob = one.replace("alice", "bob")
+    other = bob.replace("mtls:a:/b", "mtls:a:/c")
     for added, why in (
         *((f"[approvals]\nneeded = {n}\n" + one + bob, "needed") for n in (0, -1, 1)),
         (one, "needed = 2, but there are 1"),
         (one + one, "one name"),
         (one + bob, "one identity"),
         ("[approvals]\nunneeded = 2\n", "unneeded"),
+        *(
+            (one + other + f"[[approvals.rule]]\n{rule}\n", why)
+            for rule, why in (
+                ("groups = []", "groups"),
+                ('groups = [{group = "nation:DE", min = 0}]', "min"),
+                ('groups = [{group = "nation:DE", min = -1}]', "min"),
+                ('groups = [{group = "nation:DE"}]', "min"),
+                ('groups = [{group = "nation:DE", min = 1}]', "min = 1, but 0"),
+                ('groups = [{group = "all", min = 1}]', "group"),
+                ('kinds = ["encrypt"]\ngroups = [{group = "nation:DE", min = 1}]', "kinds"),
+            )
+        ),
     ):
         path = tmp_path / "skms.toml"
         path.write_text(text + "\n" + added)
