@@ -39,8 +39,9 @@ OPERATIONS: Final[frozenset[str]] = frozenset(
     rotate_root rewrap_root retire_root get_drill drill_report abort_drill confirm_drill drill_key drill_step ceremony
     confirm_clock simulate_policy skip_record archive_records witness_checkpoint freeze list_freezes get_freeze
     freeze_drill lift_drill lift_freeze list_approvals get_approval sign_approval cancel_approval
-    list_transfers list_transfer_agreements get_compliance
-    plan_policy apply_policy rollback_policy revoke_approval
+    list_transfers list_transfer_agreements get_compliance get_sovereignty
+    create_grant list_grants revoke_grant create_exception list_exceptions get_exception revoke_exception
+    check_key_graph plan_policy apply_policy rollback_policy revoke_approval
     """.split()  # noqa: SIM905  (sixty quoted words would not read better)
 )
 DATA_PLANE: Final[frozenset[str]] = frozenset(
@@ -168,6 +169,9 @@ class Asked(Base, frozen=True, kw_only=True):
     pol: Hex32 | None = None
     facts: Hex32 | None = None  # digest of all facts of the decision but the actor and the time (policy.written)
     dest: Places | None = None  # declared destinations, beside the caller's own places
+    hops: Ids | None = None  # the forwarders it came through, the first one first
+    via: Places | None = None  # where they can be, beside this node
+    orig: Places | None = None  # where the caller of the first one can be, as that one proved
     purpose: Purpose | None = None  # as the request named it
     grant: Code | None = None
     exc: Code | None = None

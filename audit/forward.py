@@ -277,21 +277,24 @@ class Forwarder:
                 .limit(chain.width + 1)  # a batch holds at least one record
             )
             length = 0
-            for row in connection.execution_options(stream_results=True).execute(chosen):
-                try:
-                    batch = unpack(row.entries)
-                except ValueError as error:
-                    raise Bad("E_PARSE", f"{log}/{row.first_seq}", str(error)) from None
-                at = chain.at + len(entries)
-                if row.first_seq > at:
-                    raise Bad("U_PRUNED", f"{log}/{at}", "not in the database any more: forward it from the archive")
-                for entry in batch[at - row.first_seq :]:
-                    if len(entries) == chain.width or (entries and length + len(entry) > GROUP_BYTES):
+            with connection.execution_options(stream_results=True).execute(chosen) as rows:
+                for row in rows:
+                    try:
+                        batch = unpack(row.entries)
+                    except ValueError as error:
+                        raise Bad("E_PARSE", f"{log}/{row.first_seq}", str(error)) from None
+                    at = chain.at + len(entries)
+                    if row.first_seq > at:
+                        raise Bad(
+                            "U_PRUNED", f"{log}/{at}", "not in the database any more: forward it from the archive"
+                        )
+                    for entry in batch[at - row.first_seq :]:
+                        if len(entries) == chain.width or (entries and length + len(entry) > GROUP_BYTES):
+                            break
+                        entries.append(entry)
+                        length += len(entry)
+                    if chain.at + len(entries) < row.first_seq + len(batch):
                         break
-                    entries.append(entry)
-                    length += len(entry)
-                if chain.at + len(entries) < row.first_seq + len(batch):
-                    break
         if not entries:
             raise Bad("E_TRUNC", f"{log}/{chain.at}", f"the shard row says {size} records")
         return tuple(_item(log, n, entry) for n, entry in enumerate(entries, chain.at)), chain.at + len(entries)

@@ -220,7 +220,8 @@ def bundles_between(connection: Connection, shard: int, low: int, high: int) -> 
     """
     begin = connection.execute(_BEGIN, {"shard": shard, "at": low}).scalar()
     wanted = {"shard": shard, "at": low if begin is None else begin, "end": high}
-    yield from connection.execute(_BATCHES, wanted, execution_options={"yield_per": 8})
+    with connection.execute(_BATCHES, wanted, execution_options={"yield_per": 8}) as rows:
+        yield from rows
 
 
 def bundle_with(connection: Connection, shard: int, seq: int) -> tuple[int, list[bytes]]:

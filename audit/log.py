@@ -257,6 +257,11 @@ class Log:
         return self._chain.n
 
     @property
+    def newest(self) -> int:
+        """The time of the newest record of this chain (us): no clock that is right is behind it."""
+        return self._chain.t
+
+    @property
     def waiting(self) -> int:
         """Records that wait for their commit."""
         return len(self._queue)
@@ -335,14 +340,20 @@ class Log:
         """
         if self._closing and not last:
             raise Unavailable("the audit log is closing")
-        members = self._enqueue([(record, change)])
-        return (await self._settled(members))[0]
+        (outcome,) = await self._settled(self._enqueue([(record, change)]))
+        if isinstance(outcome, ChangeFailed):
+            raise outcome
+        return outcome
 
     async def append_many(self, records: Sequence[event.Record]) -> list[Receipt]:
         """As `append`, for several records in order, with one deadline."""
+        return [o for o in await self.append_each([(r, None) for r in records]) if isinstance(o, Receipt)]
+
+    async def append_each(self, given: Sequence[tuple[event.Record, Change | None]]) -> list[Receipt | ChangeFailed]:
+        """As `append_many`, each with its change: one that was undone is told in its place, and harms no other."""
         if self._closing:
             raise Unavailable("the audit log is closing")
-        return await self._settled(self._enqueue([(record, None) for record in records]))
+        return await self._settled(self._enqueue(given))
 
     def _enqueue(self, given: Sequence[tuple[event.Record, Change | None]]) -> list[_Member]:
         if self._life == "FENCED":
@@ -406,10 +417,10 @@ class Log:
             return f"the disk of the audit log is full ({self.disk_used:.0%}): make room"
         return ""
 
-    async def _settled(self, members: list[_Member]) -> list[Receipt]:
+    async def _settled(self, members: list[_Member]) -> list[Receipt | ChangeFailed]:
         """Their receipts; if one has none, or nobody waits any more, the others' results are not released either."""
         try:
-            return [await m.done for m in members if m.done is not None]
+            return [await _outcome(m.done) for m in members if m.done is not None]
         except BaseException:
             for member in members:
                 landed = member.done is not None and member.done.done() and not member.done.cancelled()
@@ -922,6 +933,13 @@ class Log:
         ) as error:  # a start reads more without it, no less surely
             self._session.drop()
             _log.warning("no snapshot was written", extra={"facts": {"error": type(error).__name__}})
+
+
+async def _outcome(done: asyncio.Future[Receipt]) -> Receipt | ChangeFailed:
+    try:
+        return await done
+    except ChangeFailed as failed:
+        return failed
 
 
 def _uuid() -> str:

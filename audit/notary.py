@@ -169,18 +169,19 @@ class Notary:
         """Check the entries that follow, and the newest checkpoint; the root log and its tenants' map root."""
         tenants = ""
         chosen = sa.select(root_table).where(root_table.c.seq >= root.chain.n).order_by(root_table.c.seq)
-        for row in connection.execute(chosen.execution_options(yield_per=1_000)).mappings():
-            where = f"{self._origin}/{root.chain.n}"
-            if row["seq"] != root.chain.n:
-                raise Bad("E_SEQ", where, f"the next stored entry is {row['seq']}")
-            heads = root.check(row["entry"])
-            if heads is None:
-                raise Bad("U_VERSION", where, "an entry of a later version: start the newer program")
-            if row["leaf"].hex() != root.chain.previous:
-                raise Bad("E_DERIVED", where, "stored column leaf differs from the entry")
-            tenants = heads.tenants
-            if last is not None and last.checkpoint.size == root.chain.n:
-                self._hold(last, keys, root.chain.frontier.root())
+        with connection.execute(chosen.execution_options(yield_per=1_000)) as found:
+            for row in found.mappings():
+                where = f"{self._origin}/{root.chain.n}"
+                if row["seq"] != root.chain.n:
+                    raise Bad("E_SEQ", where, f"the next stored entry is {row['seq']}")
+                heads = root.check(row["entry"])
+                if heads is None:
+                    raise Bad("U_VERSION", where, "an entry of a later version: start the newer program")
+                if row["leaf"].hex() != root.chain.previous:
+                    raise Bad("E_DERIVED", where, "stored column leaf differs from the entry")
+                tenants = heads.tenants
+                if last is not None and last.checkpoint.size == root.chain.n:
+                    self._hold(last, keys, root.chain.frontier.root())
         if last is not None and last.checkpoint.size > root.chain.n:
             raise Bad("E_TRUNC", f"{self._origin}/{root.chain.n}", f"a checkpoint of {last.checkpoint.size} was signed")
         return root, tenants

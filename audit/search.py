@@ -164,13 +164,15 @@ class Search:
                 .order_by(batch_table.c.shard, batch_table.c.first_seq)
             )
             everything = _Query({}, (telling,), {}, since, until)
-            for row in connection.execution_options(stream_results=True).execute(chosen):
-                if telling not in row.entries:
-                    continue
-                for seq, entry in enumerate(unpack(row.entries), row.first_seq):
-                    found = _found(names[row.shard], seq, entry, everything)
-                    if found is not None:
-                        yield found
+            # Whoever stops halfway must not leave a cursor on the server.
+            with connection.execution_options(stream_results=True).execute(chosen) as rows:
+                for row in rows:
+                    if telling not in row.entries:
+                        continue
+                    for seq, entry in enumerate(unpack(row.entries), row.first_seq):
+                        found = _found(names[row.shard], seq, entry, everything)
+                        if found is not None:
+                            yield found
 
 
 def _place(connection: Connection, after: tuple[str, int], shards: Mapping[int, str]) -> tuple[int, int, int] | None:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything a fresh Debian or Ubuntu needs to run and test this: Python, SoftHSM2, NSS, p11-kit, PostgreSQL, a virtual environment with locked
+# Everything a fresh Debian or Ubuntu needs to run and test this: Python, SoftHSM2, NSS, p11-kit, PostgreSQL, HAProxy, a virtual environment with locked
 # dependencies. Idempotent; a second run takes less than a second. Root or passwordless sudo installs Debian packages;
 # without, one line says what to install.
 set -eu
@@ -43,6 +43,8 @@ command -v p11-kit >/dev/null || missing="$missing p11-kit"
 ls /usr/lib/*/pkcs11/p11-kit-client.so >/dev/null 2>&1 || missing="$missing p11-kit-modules"
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="$missing postgresql"
 command -v strace >/dev/null || missing="$missing strace" # the tests let system calls fail, hang and kill
+command -v systemd-analyze >/dev/null || missing="$missing systemd" # the tests have it judge the units
+[ -x /usr/sbin/haproxy ] || missing="$missing haproxy" # passes TLS through to two nodes, in a test
 [ -x /usr/sbin/rsyslogd ] || missing="$missing rsyslog" # a receiver of the audit log, for a test
 ls /usr/lib/*/rsyslog/lmnsd_gtls.so >/dev/null 2>&1 || missing="$missing rsyslog-gnutls"
 # shellcheck disable=SC2086 # a list of packages

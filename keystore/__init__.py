@@ -51,10 +51,11 @@ from keystore.key import (
     WrongState,
 )
 from keystore.rewrap import Rewrapping, RewrapRow
-from keystore.store import Batch, Bounds, Keystore, NewKey, Plan, Sealed, check_use
+from keystore.store import FENCES, Batch, Bounds, Keystore, NewKey, Plan, Sealed, check_use
 
 __all__ = [
     "EXTERNAL",
+    "FENCES",
     "Admin",
     "AlgorithmMismatch",
     "AliasInUse",

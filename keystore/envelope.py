@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import enum
+import functools
 import hashlib
 import hmac
 import re
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from keystore.hsm import InvalidCiphertext
 from keystore.key import InputRefused
 
+_U32: Final = struct.Struct(">I").pack
 SINGLE: Final = 0x0001  # a message key per message, derived in the HSM, AES-256-GCM in process, committing
 STRICT: Final = 0x0002  # AES-256-GCM inside the token
 BATCH: Final = 0x0004  # as 0x0001, one derivation per key, version and batch
@@ -171,12 +173,15 @@ def refuse_context(context: Mapping[str, str]) -> None:
     if len(context) > MAX_PAIRS:
         raise ContextRefused("too_many_pairs", f"at most {MAX_PAIRS} pairs")
     size = 0
-    for text in (t for pair in context.items() for t in pair):
+    for text in (*context, *context.values()):
+        if text.isascii():
+            size += len(text)
+            continue
         try:
             size += len(text.encode())
         except UnicodeEncodeError:
             raise ContextRefused("lone_surrogate", "not valid Unicode text") from None
-        if not text.isascii() and unicodedata.normalize("NFC", text) != text:
+        if unicodedata.normalize("NFC", text) != text:
             raise ContextRefused("not_nfc", "text must be in Unicode normal form C")
     if size > MAX_CONTEXT:
         raise ContextRefused("too_large", f"names and values: at most {MAX_CONTEXT} bytes")
@@ -205,10 +210,20 @@ def encode_aad(
         pairs = sorted((n.encode(), v.encode()) for n, v in context.items())
     except UnicodeEncodeError:
         raise InvalidCiphertext from None
-    fields = [b"skms/aad/1", tenant.encode(), region.encode(), key_id.bytes]
-    fields += [struct.pack(">I", version), struct.pack(">H", suite), purpose.name.lower().encode()]
-    fields += [struct.pack(">I", len(pairs)), *(part for pair in pairs for part in pair)]
-    return b"".join(struct.pack(">I", len(f)) + f for f in fields)
+    parts = [_aad_head(tenant, region, key_id.bytes, version, suite, purpose), _field(_U32(len(pairs)))]
+    parts += [_field(part) for pair in pairs for part in pair]
+    return b"".join(parts)
+
+
+def _field(data: bytes) -> bytes:
+    return _U32(len(data)) + data
+
+
+@functools.lru_cache(maxsize=4_096)  # one for each version that is in use
+def _aad_head(tenant: str, region: str, key_id: bytes, version: int, suite: int, purpose: Purpose) -> bytes:
+    fields = [b"skms/aad/1", tenant.encode(), region.encode(), key_id]
+    fields += [_U32(version), struct.pack(">H", suite), purpose.name.lower().encode()]
+    return b"".join(map(_field, fields))
 
 
 def kdf_input(label: bytes, data: bytes, bits: int = 512) -> bytes:

@@ -165,9 +165,20 @@ class NewKey:
         return shown
 
 
+FENCES: Final = ("min_decrypt_version", "min_encrypt_version")
+
+
+def _fence_fits(key: Key, name: str, fence: int | None) -> None:
+    if fence is not None and not 1 <= fence <= key.latest_number:
+        raise InputRefused(f"/{name}", "out_of_range", "a fence lies between 1 and the latest version")
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What bounds the use of a key, or new values of some of it; None leaves one as it is. All places are regions."""
+    """What bounds the use of a key, or new values of some of it; None leaves one as it is. All places are regions.
+
+    The fences (`min_…_version`) are the oldest versions that open and protect.
+    """
 
     tier: int | None = None
     residency: frozenset[str] | None = None
@@ -176,6 +187,8 @@ class Bounds:
     egress: frozenset[str] | None = None
     failover: frozenset[str] | None = None
     purposes: tuple[str, ...] | None = None
+    min_decrypt_version: int | None = None
+    min_encrypt_version: int | None = None
 
     @classmethod
     def of(cls, key: Key) -> Bounds:
@@ -199,6 +212,8 @@ class Bounds:
             raise InputRefused("/residency", "widens", "residency never widens: make a key there and rewrap")
         if self.purposes is not None and len(set(self.purposes)) != len(self.purposes):
             raise InputRefused("/purposes", "repeated", "each purpose once")
+        for name in FENCES:
+            _fence_fits(key, name, getattr(self, name))
         bounded = dataclasses.replace(key, **{name: getattr(self, name) for name in self.shown()})
         if bounded == key:
             raise InputRefused("", "unchanged", "name at least one new value")
@@ -730,7 +745,7 @@ class Keystore:
         min_decrypt_version: int | None = None,
         min_encrypt_version: int | None = None,
     ) -> Plan:
-        """Change metadata; None leaves a field as it is."""
+        """Change metadata; None leaves a field as it is. A fence only rises: what lowers one is `plan_bounds`."""
         if key.state is KeyState.DESTROYED:
             raise KeyDestroyed(f"key {key.id} was destroyed")
         if rotation is not None and key.origin == EXTERNAL:
@@ -743,10 +758,10 @@ class Keystore:
             "min_decrypt_version": min_decrypt_version,
             "min_encrypt_version": min_encrypt_version,
         }
-        for name in ("min_decrypt_version", "min_encrypt_version"):
-            fence = changes[name]
-            if fence is not None and not 1 <= fence <= key.latest_number:
-                raise InputRefused(f"/{name}", "out_of_range", "a fence lies between 1 and the latest version")
+        for name in FENCES:
+            _fence_fits(key, name, changes[name])
+            if changes[name] is not None and changes[name] < getattr(key, name):
+                raise InputRefused(f"/{name}", "lowers", "what lowers a fence takes approvals: `skms key set-policy`")
         return self._update(key, (), **{k: v for k, v in changes.items() if v is not None})
 
     def plan_put_alias(self, tenant: str, alias: str, key: Key) -> Plan:

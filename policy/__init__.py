@@ -4,7 +4,7 @@ from policy.bundle import Bundle, BundleRefused, write_development
 from policy.engine import Policy
 from policy.freeze import Freeze, FreezeGone, Freezes, FreezeUnconfirmed, Frozen, InForce, Scope, Touched
 from policy.lockout import LockedOut
-from policy.places import Evidence, Member, Registry, UnknownPlace, Whereabouts, whereabouts
+from policy.places import DIRECT, Evidence, Hops, Member, Registry, UnknownPlace, Whereabouts, behind, whereabouts
 from policy.request import (
     Attest,
     Caller,
@@ -19,6 +19,7 @@ from policy.request import (
 from policy.suppliers import NO_HSM, Gap, SupplierEntry, Verdict
 
 __all__ = [
+    "DIRECT",
     "NO_HSM",
     "Attest",
     "Bundle",
@@ -33,6 +34,7 @@ __all__ = [
     "Freezes",
     "Frozen",
     "Gap",
+    "Hops",
     "InForce",
     "InstallationFacts",
     "KeyFacts",
@@ -49,6 +51,7 @@ __all__ = [
     "UnknownPlace",
     "Verdict",
     "Whereabouts",
+    "behind",
     "whereabouts",
     "write_development",
 ]

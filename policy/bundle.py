@@ -25,7 +25,9 @@ import yaml
 from pydantic import ValidationError
 from yaml.constructor import ConstructorError
 
+from policy import hostile
 from policy.compiler import Action, Compiled, Compiler, Unsupported
+from policy.grants import RULE as GRANT
 from policy.places import NAME, Charter, Member, Registry
 from policy.transfers import RULE, AgreementRefused, Agreements
 
@@ -129,6 +131,10 @@ def made(files: Mapping[str, bytes], *, known: Bundle | None = None) -> Bundle:
             cases += _list(path, _yaml(path, data), "cases")
         elif path.endswith(".cedar"):
             texts[path] = _text(path, data)
+    for name, about in charter.forwarders.items():
+        if about.identity in members:
+            reason = f"forwarders {name}: a listed person too, and whoever came through it would have that role"
+            raise BundleRefused("charter.yaml", 0, reason)
     parts = _parts(texts, hashes, {} if known is None else known.parts)
     hashes["schema.cedarschema"] = hashlib.sha256(SCHEMA.read_bytes()).hexdigest()
     manifest = json.dumps(
@@ -179,15 +185,13 @@ def files_in(directory: Path) -> dict[str, bytes]:
         name = str(path.relative_to(directory))
         if path.is_symlink():
             raise BundleRefused(name, 0, "links are not followed")
-        if path.is_file() and not name.startswith(f"{SIGNATURES}/"):
-            found[name] = _read(path, name)
+        if name == SIGNATURES or name.startswith(f"{SIGNATURES}/") or path.is_dir():
+            continue
+        try:
+            found[name] = hostile.read_file(path, most=MAX_FILE)
+        except hostile.Refused as refused:
+            raise BundleRefused(name, 0, refused.reason) from None
     return found
-
-
-def _read(path: Path, name: str) -> bytes:
-    if path.stat().st_size > MAX_FILE:
-        raise BundleRefused(name, 0, f"larger than {MAX_FILE} bytes")
-    return path.read_bytes()
 
 
 def _text(path: str, data: bytes) -> str:
@@ -197,7 +201,7 @@ def _text(path: str, data: bytes) -> str:
         raise BundleRefused(path, 0, "not UTF-8") from None
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):  # libyaml's: a charter of 20 tenants in 8 ms instead of 90, and with the same rules
     """YAML that means what it shows: a name that stands twice is refused, and a value that cannot be is no crash."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -217,7 +221,11 @@ class _Loader(yaml.SafeLoader):
 
 def _yaml(path: str, data: bytes) -> Any:
     try:
-        return yaml.load(_text(path, data), _Loader)  # noqa: S506 - a SafeLoader
+        text = _text(path, data)
+        hostile.bound_yaml(text)
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except hostile.Refused as refused:
+        raise BundleRefused(path, refused.line, refused.reason) from None
     except yaml.MarkedYAMLError as error:
         line = 0 if error.problem_mark is None else error.problem_mark.line + 1
         raise BundleRefused(path, line, f"not YAML: {error.problem}") from None
@@ -350,8 +358,9 @@ def _parts(texts: Mapping[str, str], hashes: Mapping[str, str], known: Mapping[s
             if old is not None and old.sha256 == hashes[path]:
                 found[path] = old
                 continue
+            statements = _bounded(path, text)
             checks.append((path, validating.submit(cedarpy.validate_policies, text, schema(), release_gil=True)))
-            found[path] = Part(hashes[path], text, tuple(_rules(path, text, compiler)))
+            found[path] = Part(hashes[path], text, tuple(_rules(path, statements, compiler)))
     for path, check in checks:
         _validated(path, found[path], check.result())
     return found
@@ -390,9 +399,21 @@ def _statements(text: str) -> Iterator[_Statement]:
         begin = end
 
 
-def _rules(path: str, text: str, compiler: Compiler) -> Iterator[Rule]:
-    """The policies of one file, each linted for its layer and compiled."""
+def _bounded(path: str, text: str) -> list[_Statement]:
+    """The policies of a file, none of which is more than Cedar's parser bears."""
+    if "\r" in text.replace("\r\n", "\n"):  # for Cedar it may end a comment, for us it does not
+        raise BundleRefused(path, 0, "a carriage return that ends no line")
     statements = list(_statements(text))
+    for statement in statements:
+        try:
+            hostile.bound_policy(statement.text)
+        except hostile.Refused as refused:
+            raise BundleRefused(path, statement.line, refused.reason) from None
+    return statements
+
+
+def _rules(path: str, statements: Sequence[_Statement], compiler: Compiler) -> Iterator[Rule]:
+    """The policies of one file, each linted for its layer and compiled."""
     for at in range(0, len(statements), _CHUNK):
         chunk = statements[at : at + _CHUNK]
         for statement, est in zip(chunk, _parsed(path, chunk), strict=True):
@@ -429,6 +450,8 @@ def _rule(path: str, line: int, est: Mapping[str, Any], compiler: Compiler) -> R
         raise refuse("every policy needs an @id of letters, digits, . _ : / @ -")
     if name.startswith(RULE):
         raise refuse(f"@id: {RULE} is the name of a check in typed code")
+    if name.startswith(f"{GRANT}/"):
+        raise refuse(f"@id: {GRANT}/ begins the names of grants")
     layer = _layer_of(path)
     if notes.get("layer") != layer:
         raise refuse(f"@layer must be {layer!r} in this folder")

@@ -387,13 +387,23 @@ class Index:
         """`rules` in the order in which deciding ones are told; a rule's number is its place there."""
         self._tables: dict[tuple[str, str, str], tuple[str, frozenset[str], _Table]] = {}
         compiler = Compiler()
+        by_head: dict[tuple[frozenset[str] | None, bool, str | None, str | None], list[tuple[int, Compiled]]] = {}
+        for number, rule in enumerate(rules):  # few heads stand over all rules: each is matched once, not each rule
+            head = rule.actions, rule.action_groups, rule.principal.kind, rule.resource.kind
+            by_head.setdefault(head, []).append((number, rule))
+        made: dict[tuple[int, ...], _Table] = {}
         for name, action in actions.items():
-            able = [(n, r) for n, r in enumerate(rules) if r.concerns(name, action)]
+            able = [found for found in by_head.values() if found[0][1].concerns(name, action)]
             groups = frozenset(uid("Action", g) for g in action.groups)
             for kind in action.principals:
                 for resource in action.resources:
-                    here = [(n, r) for n, r in able if fits(r.principal, kind) and fits(r.resource, resource)]
-                    self._tables[name, kind, resource] = (uid("Action", name), groups, _table(here, compiler))
+                    fitting = [f for f in able if fits(f[0][1].principal, kind) and fits(f[0][1].resource, resource)]
+                    here = sorted((x for found in fitting for x in found), key=_number)
+                    numbers = tuple(map(_number, here))
+                    table = made.get(numbers)
+                    if table is None:
+                        table = made[numbers] = _table(here, compiler)
+                    self._tables[name, kind, resource] = (uid("Action", name), groups, table)
 
     def evaluate(
         self, principal: Entity, action: str, resource: Entity, context: Mapping[str, Any]
@@ -432,6 +442,10 @@ class Index:
         except Exception as error:
             raise RuleFailed(rule) from error
         return bool(hits), tuple(sorted(hits))
+
+
+def _number(numbered: tuple[int, Compiled]) -> int:
+    return numbered[0]
 
 
 def fits(scope: Scope, kind: str) -> bool:

@@ -7,6 +7,7 @@ the same requests again (at load all cases and random ones, in service a sample)
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +17,8 @@ from policy import selftest, signatures
 from policy.bundle import Bundle, BundleRefused, Rule
 from policy.compiler import Index, RuleFailed
 from policy.facts import Facts
-from policy.oracle import Oracle
+from policy.grants import RULE as GRANT
+from policy.oracle import Oracle, Slices
 from policy.places import Registry, UnknownPlace
 from policy.request import Decision, Denied, KeyFacts, Request
 from policy.transfers import CODE, MOST, RULE, Agreements
@@ -36,6 +38,7 @@ _CODES: Final[Mapping[str, str]] = {
     "SOV-TENANT": "not_found",
 }
 _KEPT: Final = 4096
+_YIELD_S: Final = 20e-6  # the GIL is let go between two questions of a self-test: cedarpy never does
 
 
 class Policy:
@@ -49,6 +52,7 @@ class Policy:
         self._facts = Facts()
         self._agreements = bundle.agreements
         self._oracle = Oracle(bundle.text, bundles.schema())
+        self._slices: Slices | None = None  # of a bundle that was tried out
         self._answers: dict[tuple[bool, tuple[int, ...], bool], Decision] = {}
 
     @classmethod
@@ -70,27 +74,33 @@ class Policy:
         known = known or after
         bundle = bundles.read(directory, known=None if known is None else known._bundle)
         signatures.check(directory, bundle, signers)
-        return cls._tried(bundle, after, sample)
+        return cls._tried(bundle, after, known, sample)
 
     @classmethod
     def draft(cls, files: Mapping[str, bytes], *, after: Policy | None = None, known: Policy | None = None) -> Policy:
         """As `load`, of files at hand: path -> content."""
         known = known or after
         bundle = bundles.made(files, known=None if known is None else known._bundle)
-        return cls._tried(bundle, after, selftest.REQUESTS)
+        return cls._tried(bundle, after, known, selftest.REQUESTS)
 
     @classmethod
-    def _tried(cls, bundle: Bundle, after: Policy | None, sample: int) -> Policy:
+    def _tried(cls, bundle: Bundle, after: Policy | None, known: Policy | None, sample: int) -> Policy:
         if after is not None and bundle.digest != after.digest and bundle.version <= after.version:
             raise BundleRefused(
                 "charter.yaml", 1, f"version must rise above {after.version}; a rollback is old content under a new one"
             )
         made = cls(bundle)
+        texts = {path: part.text for path, part in bundle.parts.items()}
+        slices = Slices(texts, bundles.schema(), None if known is None else known._slices)
         for case in bundle.cases:
-            made._try(case)
-        for request in selftest.requests(bundle, sample):
-            if not made.agrees(request, made.decide(request)):
+            made._try(case, slices)
+            time.sleep(_YIELD_S)
+        for number, request in enumerate(selftest.requests(bundle, sample)):
+            oracle = made._oracle if number % selftest.WHOLE_EVERY == 0 else slices.of(request.resource)
+            if not made._agrees(request, made.decide(request), oracle):
                 raise BundleRefused("bundle", 0, f"self-test: {request.action} is decided otherwise by Cedar itself")
+            time.sleep(_YIELD_S)
+        made._slices = slices.tried()
         return made
 
     @classmethod
@@ -163,7 +173,7 @@ class Policy:
                 facts.resource(request.resource),
                 facts.context(request),
             )
-            return self._agreed(request, self._answer(request, allowed, hits))
+            return self._agreed(request, self._granted(request, self._answer(request, allowed, hits)))
         except Exception as error:  # fail closed, whatever it is; its text may hold facts of the request
             rule = self._rules[error.rule].id if isinstance(error, RuleFailed) else ""
             kind = type(error.__cause__ or error).__name__
@@ -172,6 +182,9 @@ class Policy:
 
     def agrees(self, request: Request, decision: Decision) -> bool:
         """Whether Cedar itself, asked anew, comes to this decision. About 1 us a policy; holds the GIL."""
+        return self._agrees(request, decision, self._oracle)
+
+    def _agrees(self, request: Request, decision: Decision, oracle: Oracle) -> bool:
         try:
             if self._barred(request) is not None:
                 return not decision.allowed
@@ -180,11 +193,12 @@ class Policy:
             self._facts.context(request)
         except (TypeError, ValueError):  # facts that Cedar is never asked about
             return not decision.allowed
-        opinion = self._oracle.decide(request)
+        opinion = oracle.decide(request)
         if opinion.error:
             return not decision.allowed
         hits = tuple(sorted(self._numbers[name] for name in opinion.rules))
-        return decision == self._agreed(request, self._answer(request, opinion.allowed, hits))
+        granted = self._granted(request, self._answer(request, opinion.allowed, hits))
+        return decision == self._agreed(request, granted)
 
     def decide_twice(self, request: Request) -> Decision:
         """Allow only what both engines allow: for a node whose engines once came to different decisions."""
@@ -208,6 +222,18 @@ class Policy:
         if caller.tenant is not None and self.registry.tenant(caller.tenant) is None:
             return self._denied("policy_denied", (), "DEFAULT")
         return None
+
+    def _granted(self, request: Request, decision: Decision) -> Decision:
+        """What no rule forbids and none permits, if a grant covers it: use of a key of the grantee's own tenant, no more."""
+        if not request.grant or decision.allowed or (decision.rules, decision.rule_code) != ((), "DEFAULT"):
+            return decision
+        if type(request.grant) is not str:
+            raise TypeError("a grant is not named by text")
+        key, caller, action = request.resource, request.caller, self._bundle.actions[request.action]
+        able = "use" in action.groups and caller.kind.capitalize() in action.principals
+        if not able or type(key) is not KeyFacts or caller.tenant != key.tenant:
+            return decision
+        return Decision(True, "", (f"{GRANT}/{request.grant}",), "", self.digest)
 
     def _agreed(self, request: Request, decision: Decision) -> Decision:
         """What no policy forbids, if an agreement in force covers every border that data crosses; told as last rules."""
@@ -255,7 +281,7 @@ class Policy:
     def _denied(self, code: str, rules: tuple[str, ...], rule_code: str) -> Decision:
         return Decision(False, code, rules, rule_code, self.digest)
 
-    def _try(self, case: Mapping[str, Any]) -> None:
+    def _try(self, case: Mapping[str, Any], slices: Slices) -> None:
         """One case of the bundle: what it expects must be what is decided, by both engines."""
         title = str(case.get("title", "?"))
         try:
@@ -271,5 +297,5 @@ class Policy:
         if not good:
             got = "allow" if decision.allowed else f"deny by {decision.rules or decision.rule_code}"
             raise BundleRefused("cases", 0, f"case {title!r}: expected {expect}, got {got}")
-        if not self.agrees(request, decision):
+        if not self._agrees(request, decision, slices.of(request.resource)):
             raise BundleRefused("cases", 0, f"case {title!r}: Cedar itself decides otherwise")

@@ -8,14 +8,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from policy.bundle import INSTALLATION_ROLES, ROLES, Bundle, Rule
 from policy.compiler import Entity, Est, Scope, fits, part
 from policy.engine import Policy
+from policy.exceptions import Waiver
 from policy.facts import Facts
+from policy.grants import RULE as GRANT
+from policy.grants import Grant
 from policy.request import Attest, Decision, KeyFacts, PrincipalKind, Request
 from policy.transfers import Agreement, Crossing, instant
 from policy.written import written
@@ -85,6 +88,15 @@ class Border:
 
 
 @dataclass(frozen=True, slots=True)
+class Granted:
+    """A grant of the key to the caller: whether it decided, and why it does not cover the request."""
+
+    grant: Grant
+    decided: bool
+    lacks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """One decision recomputed, the rules that concern its action, and the smallest changes that flip a denial."""
 
@@ -93,10 +105,17 @@ class Explanation:
     rules: tuple[Told, ...]
     fixes: tuple[Fix, ...]
     transfers: tuple[Border, ...] = ()
+    grants: tuple[Granted, ...] = ()
+    exceptions: tuple[tuple[Waiver, tuple[str, ...]], ...] = ()  # and why each does not cover the request
 
 
-def explain(policy: Policy, request: Request) -> Explanation:
-    """Decide again and tell everything about it. Facts of a wrong type have no rules: they are denied unasked."""
+def explain(
+    policy: Policy, request: Request, *, grants: Iterable[Grant] = (), exceptions: Iterable[Waiver] = ()
+) -> Explanation:
+    """Decide again and tell everything about it. Facts of a wrong type have no rules: they are denied unasked.
+
+    `grants` are those of the key to the caller, `exceptions` those of the key, live or not.
+    """
     decision = policy.decide(request)
     try:
         facts = Facts()
@@ -105,7 +124,9 @@ def explain(policy: Policy, request: Request) -> Explanation:
         return Explanation(request, decision, (), ())
     rules = tuple(_told(rule, at, policy.bundle) for rule in policy.told if _concerns(rule, at, policy.bundle))
     changes = () if decision.allowed else tuple(fixes(policy, request))
-    return Explanation(request, decision, rules, changes, tuple(_borders(policy, request)))
+    told = tuple(Granted(g, f"{GRANT}/{g.id}" in decision.rules, g.lacks(request)) for g in grants)
+    waivers = tuple((w, w.lacks(request)) for w in exceptions)
+    return Explanation(request, decision, rules, changes, tuple(_borders(policy, request)), told, waivers)
 
 
 def _borders(policy: Policy, request: Request) -> Iterator[Border]:
@@ -133,6 +154,37 @@ def shown(explanation: Explanation) -> dict[str, Any]:
             for fix in explanation.fixes
         ],
         "transfers": [_shown_border(border) for border in explanation.transfers],
+        "grants": [_shown_grant(told) for told in explanation.grants],
+        "exceptions": [
+            {
+                "id": w.id,
+                "kind": w.kind,
+                "places": list(w.places),
+                "purpose": w.purpose,
+                "legal_basis": w.legal_basis,
+                "legal_ref": w.legal_ref,
+                "not_before": instant(w.begins // 1_000_000),
+                "not_after": instant(w.ends // 1_000_000),
+                "lacks": list(lacks),
+            }
+            for w, lacks in explanation.exceptions
+        ],
+    }
+
+
+def _shown_grant(told: Granted) -> dict[str, Any]:
+    grant = told.grant
+    context = "equals" if grant.context_equals is not None else "subset" if grant.context_subset is not None else "any"
+    return {
+        "id": grant.id,
+        "operations": list(grant.operations),
+        "purpose": grant.purpose,
+        "context": context,
+        "max_uses": grant.max_uses,
+        "granter": grant.granter,
+        "not_after": instant(grant.ends // 1_000_000),
+        "decided": told.decided,
+        "lacks": list(told.lacks),
     }
 
 

@@ -12,15 +12,21 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 KINDS: Final = ("everything", "key", "tag", "tenant", "region", "tier", "caller", "hsm")
+# What a freeze stops in its scope: everything that is not `PASSING`; what gives data or material out; every use.
+MODES: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
+    {"halt": frozenset(), "no-release": frozenset({"release", "move"}), "admin-only": frozenset({"use"})}
+)
+HALT: Final = "halt"
 LEASES: Final[Mapping[int, float]] = MappingProxyType({1: 3.0, 2: 10.0, 3: 60.0})  # seconds by tier; else the strictest
 LONGEST_LEASE_S: Final = max(LEASES.values())
 _STRICTEST: Final = min(LEASES.values())
 # What no freeze stops: reading, what only narrows the use of a key, and the way out. An action that is not here is stopped.
 PASSING: Final = frozenset(
     """
-    describe publicKey listKeys readAudit readAllAudit readPolicy explainDecision readTransfers reloadPolicy
+    describe publicKey readGrants listKeys readAudit readAllAudit readPolicy explainDecision readTransfers reloadPolicy
     listTenants listRegions metrics hsmStatus hsmDrain hsmUndrain hsmDrill suspend revoke revokeVersion
     freeze liftFreeze readFreezes approve readApprovals readCompliance changePolicy
+    revokeException readExceptions
     """.split()  # noqa: SIM905  (twenty quoted words would not read better)
 )
 
@@ -34,7 +40,10 @@ class Scope(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
-    """A freeze in force. `tenant` is the tenant whose keys it stops; None: those of all. `at` in microseconds."""
+    """A freeze in force. `tenant` is the tenant whose keys it stops; None: those of all. `at` in microseconds.
+
+    `began` (microseconds): when what it answers to began, as its officer says; None: not known.
+    """
 
     id: str
     epoch: int
@@ -44,15 +53,22 @@ class Freeze:
     officer: str
     at: int
     drill: bool = False
+    mode: str = HALT
+    began: int | None = None
+
+    def stops(self, groups: frozenset[str]) -> bool:
+        """Whether it stops an action of these groups; one of which none is known is stopped."""
+        return self.mode == HALT or not groups or not groups.isdisjoint(MODES[self.mode])
 
 
 class Touched(NamedTuple):  # every operation makes one: half a frozen dataclass's time
-    """What an operation touches. `places` are regions: of the node, of the HSM, of caller and destination."""
+    """What an operation is and touches. `places` are regions: of the node, of the HSM, of caller and destination."""
 
     tenant: str | None
     caller: str
     region: str  # whose HSMs may act
     places: frozenset[str]
+    groups: frozenset[str]  # of the action, by the schema
     key: str = ""
     tags: Mapping[str, str] = MappingProxyType({})
     tier: int = 0
@@ -81,21 +97,22 @@ class InForce:
     epoch: int = 0
     freezes: tuple[Freeze, ...] = ()
     kinds: frozenset[str] = frozenset()  # of scopes, so that no others need be looked for
-    _by_tenant: Mapping[str | None, Mapping[tuple[str, str], Freeze]] = field(default_factory=dict)
+    _by_tenant: Mapping[str | None, Mapping[tuple[str, str], tuple[Freeze, ...]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, epoch: int, freezes: Iterable[Freeze]) -> InForce:
-        """Those freezes, found by tenant and scope; of two with one scope the earlier is told."""
+        """Those freezes, found by tenant and scope; of several that stop something the earliest is told."""
         ordered = tuple(sorted(freezes, key=lambda f: f.epoch))
-        found: dict[str | None, dict[tuple[str, str], Freeze]] = {}
+        found: dict[str | None, dict[tuple[str, str], tuple[Freeze, ...]]] = {}
         for freeze in ordered:
-            found.setdefault(freeze.tenant, {}).setdefault(freeze.scope, freeze)
+            of_tenant = found.setdefault(freeze.tenant, {})
+            of_tenant[freeze.scope] = (*of_tenant.get(freeze.scope, ()), freeze)
         return cls(epoch, ordered, frozenset(f.scope.kind for f in ordered), found)
 
-    def stopping(self, tenant: str | None, scopes: Iterable[tuple[str, str]]) -> Freeze | None:
-        """The earliest freeze of a tenant's keys, or of all, with one of these scopes."""
+    def stopping(self, tenant: str | None, scopes: Iterable[tuple[str, str]], groups: frozenset[str]) -> Freeze | None:
+        """The earliest freeze of a tenant's keys, or of all, with one of these scopes, that stops these actions."""
         held = [self._by_tenant[t] for t in {None, tenant} if t in self._by_tenant]
-        found = [index[scope] for index in held for scope in scopes if scope in index]
+        found = [f for index in held for scope in scopes for f in index.get(scope, ()) if f.stops(groups)]
         return min(found, key=lambda f: f.epoch) if found else None
 
 
@@ -146,7 +163,7 @@ class Freezes:
         """
         now = self.now
         if now.freezes:
-            freeze = now.stopping(touched.tenant, self._scopes(now, touched, around))
+            freeze = now.stopping(touched.tenant, self._scopes(now, touched, around), touched.groups)
             if freeze is not None:
                 raise Frozen(freeze)
         confirmed = self._confirmed

@@ -6,10 +6,13 @@ approval. So a draft is refused only where no way is left at all, and told with 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Final, Literal
 
+from policy.bundle import ROLES
 from policy.engine import Policy
 from policy.places import Member, Registry
 from policy.request import Attest, Caller, InstallationFacts, KeyFacts, Request, Resource, TenantFacts
@@ -27,9 +30,8 @@ POWERS: Final[tuple[tuple[Of, str], ...]] = (
     ("Key", "enable"),
     ("Key", "suspend"),
 )
-# What the charter asks the most people for, on the tier that it guards best.
-_GUARDED: Final = ("destroy", "setPolicy")
-_STRICTEST_TIER: Final = 1
+_GUARDED: Final = ("destroy", "setPolicy", "replicate", "export")  # what the charter asks a quorum for
+_TIERS: Final = (1, 2, 3)
 _TIER: Final = 3
 _APPROVALS: Final = 16
 
@@ -88,26 +90,46 @@ def holders(policy: Policy, *, now: int) -> Mapping[tuple[str | None, str], tupl
 
 
 def strictest(policy: Policy, *, now: int) -> int:
-    """The most approvals that the rules ask for anything done to a key: so many must agree to rules that ask for fewer."""
-    found = [0]
-    for tenant in policy.registry.tenant_names():
-        members = sorted((i, m) for i, m in policy.registry.members.items() if m.tenant == tenant)
-        for action in _GUARDED:
-            asked = (
-                request
-                for identity, member in members
-                for request in _best(policy.registry, identity, member, "Key", action, now, tier=_STRICTEST_TIER)
-            )
-            allowed = next((request for request in asked if policy.decide(request).allowed), None)
-            if allowed is not None:
-                found.append(_fewest(policy, allowed))
-    return max(found)
+    """The most approvals that the rules ask for anything done to a key: so many must agree to rules that ask for fewer.
+
+    It counts what the rules refuse for want of approvals, whoever asks: whether somebody could do it otherwise, or has
+    the role, is no matter, as members and permits can be taken away first and given back afterwards.
+    """
+    return max((_asked(policy, request) for request in _guarded(policy.registry, now)), default=0)
 
 
-def _fewest(policy: Policy, request: Request) -> int:
-    """How few approvals an allowed request would do with."""
-    tried = (replace(request, approvals=count) for count in range(_APPROVALS))
-    return next((one.approvals for one in tried if policy.decide(one).allowed), _APPROVALS)
+def lowered(old: Policy, new: Policy, *, now: int) -> int:
+    """The most approvals that the old rules ask for something for which the new ones ask for fewer; 0 if there is nothing."""
+    asked = ((_asked(old, request), request) for request in _guarded(old.registry, now))
+    return max((count for count, request in asked if count and _asked(new, request) < count), default=0)
+
+
+def parted(old: Registry, new: Registry) -> tuple[str, ...]:
+    """The logins that the old members list gives to a person of several, and the new one does not give to that person."""
+    was, becomes = ({login: (m.tenant, m.person) for login, m in r.members.items()} for r in (old, new))
+    logins = Counter(was.values())
+    return tuple(i for i, person in sorted(was.items()) if logins[person] > 1 and becomes.get(i) != person)
+
+
+def _guarded(registry: Registry, now: int) -> Iterator[Request]:
+    """Requests to do what is guarded, by somebody of each role beside a key of each tier and place, of each tenant."""
+    for tenant, role, action, tier in product(registry.tenant_names(), sorted(ROLES), _GUARDED, _TIERS):
+        for request in _best(registry, "", Member(tenant, role, ""), "Key", action, now, tier=tier):
+            if request.via <= request.caller.places:
+                yield request
+
+
+def _asked(policy: Policy, request: Request) -> int:
+    """How many approvals it takes until no rule asks for another one; 0 if none ever does."""
+
+    def outcome(count: int) -> tuple[bool, tuple[str, ...]]:
+        decision = policy.decide(replace(request, approvals=count))
+        return decision.allowed, decision.rules
+
+    settled = outcome(_APPROVALS)
+    if outcome(0) == settled:  # most are; a rule asks for at least so many
+        return 0
+    return next(count for count in range(_APPROVALS, 0, -1) if outcome(count - 1) != settled)
 
 
 def _may(policy: Policy, identity: str, member: Member, of: Of, action: str, now: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import cedarpy
 
@@ -54,6 +54,45 @@ class Oracle:
         if errors:
             return Opinion(allowed=False, rules=frozenset(), error=True)
         return Opinion(result.allowed, frozenset(result.diagnostics.id_annotations_by_reason.values()))
+
+
+class Slices:
+    """The oracle of what can concern one resource: Cedar takes 1 us a policy, of which most are other tenants'.
+
+    A bundle lets a tenant's file speak of that tenant's resources alone, and a key's file of that key. For trying a
+    bundle out, beside the whole of it; in service only the whole is asked.
+    """
+
+    def __init__(self, texts: Mapping[str, str], schema: cedarpy.Schema, known: Slices | None = None) -> None:
+        """`texts` by path; oracles of `known` that say the same are taken over."""
+        self._schema = schema
+        self._common = "\n".join(text for path, text in texts.items() if path.startswith(_EVERYWHERE))
+        self._own: dict[str, str] = {}
+        for path, text in texts.items():
+            if not path.startswith(_EVERYWHERE):
+                owner = "/".join(path.split("/")[:2])
+                self._own[owner] = f"{self._own.get(owner, '')}\n{text}"
+        self._made: dict[str, Oracle] = {}
+        self._known = {} if known is None else known._made
+
+    def of(self, resource: Resource) -> Oracle:
+        """The oracle to ask about this resource."""
+        owners = [f"tenants/{resource.tenant if isinstance(resource, KeyFacts) else resource.id}"]
+        if isinstance(resource, KeyFacts):
+            owners.append(f"keys/{resource.id}.cedar")
+        text = "\n".join((self._common, *(self._own[o] for o in owners if o in self._own)))
+        found = self._made.get(text)
+        if found is None:
+            found = self._made[text] = self._known.get(text) or Oracle(text, self._schema)
+        return found
+
+    def tried(self) -> Slices:
+        """Itself, without what only its predecessor said."""
+        self._known = {}
+        return self
+
+
+_EVERYWHERE: Final = ("charter/", "installation/")
 
 
 def _entity(kind: str, name: str) -> dict[str, Any]:

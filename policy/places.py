@@ -6,13 +6,18 @@ A place is a concrete region; jurisdictions and groups are names for sets of reg
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Annotated, Final, Literal
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import load_der_public_key
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 
+from policy.request import Caller
 from policy.suppliers import Bar, Gap, SupplierEntry, Verdict, judge, wrong
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -94,6 +100,48 @@ class AgreementEntry(_Strict):
     not_after: Instant  # the first second at which it no longer counts
 
 
+class ForwarderEntry(_Strict):
+    """A gateway or proxy at which TLS of callers may end: who it is to TLS, where it can be, what it signs hops with."""
+
+    identity: Annotated[StrictStr, Field(pattern=r"^mtls:[a-z0-9._-]{1,255}:(/[A-Za-z0-9._-]+)+$", max_length=512)]
+    places: Annotated[tuple[StrictStr, ...], Field(min_length=1)]
+    public_key: Annotated[StrictStr, Field(max_length=512)]  # SubjectPublicKeyInfo (DER), in base64
+
+    @field_validator("public_key")
+    @classmethod
+    def _usable(cls, text: str) -> str:
+        try:
+            key = load_der_public_key(base64.b64decode(text, validate=True))
+        except (ValueError, UnsupportedAlgorithm, binascii.Error):
+            raise ValueError("a public key in base64: `openssl pkey -pubout -outform DER | base64 -w0`") from None
+        if not isinstance(key, ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey):
+            raise ValueError("an Ed25519 or P-256 key")
+        if isinstance(key, ec.EllipticCurvePublicKey) and not isinstance(key.curve, ec.SECP256R1):
+            raise ValueError("an Ed25519 or P-256 key")
+        return text
+
+    @property
+    def domain(self) -> str:
+        """The trust domain of its identity."""
+        return self.identity.split(":")[1]
+
+
+class CopyEntry(_Strict):
+    """What else holds a region's root KEK, or holds such a copy: with it, every key of the region is usable there."""
+
+    kind: Literal["wrap", "backup", "escrow"]
+    of: StrictStr  # a region, for its root KEK, or another copy
+    places: Annotated[tuple[StrictStr, ...], Field(min_length=1)]
+
+
+class SystemEntry(_Strict):
+    """A system that somebody runs, and the key that each of its data stores is under: by id, or `alias/<name>`."""
+
+    tenant: StrictStr
+    critical: StrictBool
+    stores: Annotated[dict[StrictStr, StrictStr], Field(min_length=1)]
+
+
 class Charter(_Strict):
     """charter.yaml."""
 
@@ -105,6 +153,9 @@ class Charter(_Strict):
     legal_bases: tuple[StrictStr, ...] = ()
     transfer_agreements: dict[StrictStr, AgreementEntry] = {}  # none: nothing may cross
     suppliers: dict[StrictStr, SupplierEntry] = {}
+    forwarders: dict[StrictStr, ForwarderEntry] = {}  # none: callers' TLS ends at the service's own nodes alone
+    copies: dict[StrictStr, CopyEntry] = {}  # none: root KEKs are on the HSMs and backup tokens of their regions alone
+    systems: dict[StrictStr, SystemEntry] = {}  # what the figures of sovereignty count; no decision asks for it
 
     @field_validator("suppliers")
     @classmethod
@@ -138,11 +189,44 @@ class Charter(_Strict):
         domains = [p.trust_domain for p in self.places.values()]
         if len(set(domains)) != len(domains):
             raise ValueError("places: each trust domain vouches for one region")
+        self._forwarders_consistent()
+        self._copies_consistent()
+        for name, system in self.systems.items():
+            if NAME.fullmatch(name) is None:
+                raise wrong(f"system name {name!r}: lower-case letters, digits and hyphens", "systems", name)
+            if system.tenant not in self.tenants:
+                raise wrong(f"{system.tenant!r} is no tenant of the charter", "systems", name, "tenant")
         homes = {p.jurisdiction for p in self.places.values()}
         for name, tenant in self.tenants.items():
             if tenant.home not in homes:
                 raise ValueError(f"tenant {name}: home {tenant.home!r} is no jurisdiction of a place")
         return self
+
+    def _copies_consistent(self) -> None:
+        groups = {g for p in self.places.values() for g in p.groups} | {p.jurisdiction for p in self.places.values()}
+        for name, about in self.copies.items():
+            if NAME.fullmatch(name) is None or name in self.places:
+                reason = f"copy name {name!r}: lower-case letters, digits and hyphens, and no region's name"
+                raise wrong(reason, "copies", name)
+            if about.of not in self.places and about.of not in self.copies:
+                raise wrong(f"{about.of!r} is neither a region nor another copy", "copies", name, "of")
+            for place in about.places:
+                if place not in self.places and place not in groups | {"approved"}:
+                    reason = f"{place!r} is no place, jurisdiction or group of the charter"
+                    raise wrong(reason, "copies", name, "places")
+
+    def _forwarders_consistent(self) -> None:
+        for name, about in self.forwarders.items():
+            if NAME.fullmatch(name) is None:
+                raise wrong(f"forwarder name {name!r}: lower-case letters, digits and hyphens", "forwarders", name)
+            for place in about.places:
+                if place not in self.places or self.places[place].trust_domain != about.domain:
+                    reason = f"{place!r} is no place that the authority of {about.domain!r} may vouch for"
+                    raise wrong(reason, "forwarders", name, "places")
+        for what in ("identity", "public_key"):
+            found = [getattr(about, what) for about in self.forwarders.values()]
+            if len(set(found)) != len(found):
+                raise wrong(f"two forwarders have one {what}: each is one machine or one group of them", "forwarders")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +249,7 @@ class Registry:
                 leaves.setdefault(name, set()).add(place)
         self._leaves = {name: frozenset(found) for name, found in leaves.items()}
         self._domains = {about.trust_domain: place for place, about in charter.places.items()}
+        self._forwarders = {about.identity: name for name, about in charter.forwarders.items()}
 
     def expand(self, names: Iterable[str]) -> frozenset[str]:
         """The regions that these names stand for; UnknownPlace for a name the charter does not have."""
@@ -183,6 +268,24 @@ class Registry:
     def place_of_trust_domain(self, domain: str) -> str | None:
         """The region that this SPIFFE trust domain's authority may vouch for."""
         return self._domains.get(domain)
+
+    @property
+    def copies(self) -> Mapping[str, CopyEntry]:
+        """Every registered copy of a root KEK, by name."""
+        return self._charter.copies
+
+    @property
+    def has_forwarders(self) -> bool:
+        """Whether any forwarder is registered."""
+        return bool(self._forwarders)
+
+    def forwarder(self, name: str) -> ForwarderEntry | None:
+        """A registered forwarder, by its exact name."""
+        return self._charter.forwarders.get(name)
+
+    def forwarder_of(self, identity: str) -> str | None:
+        """The name of the forwarder with this canonical identity, byte for byte."""
+        return self._forwarders.get(identity)
 
     def tenant(self, name: str) -> TenantEntry | None:
         """A registered tenant, by its exact name."""
@@ -275,6 +378,16 @@ class Registry:
         """Every registered supplier, by name."""
         return self._charter.suppliers
 
+    @property
+    def systems(self) -> Mapping[str, SystemEntry]:
+        """The systems whose keys are here, by name."""
+        return self._charter.systems
+
+    @property
+    def legal_bases(self) -> tuple[str, ...]:
+        """What an agreement or an exception can rest on."""
+        return self._charter.legal_bases
+
     def describe_places(self) -> list[dict[str, object]]:
         """Every place as operators see it."""
         return [
@@ -340,6 +453,26 @@ def whereabouts(evidence: Iterable[Evidence]) -> Whereabouts:
     if tee:
         proof = 5 if documents else 4
     return Whereabouts(places, proof)
+
+
+@dataclass(frozen=True, slots=True)
+class Hops:
+    """The forwarders that a request came through, the first one first, each proven by its signature.
+
+    `places` is where they can be, `origin` where the caller of the first one can be, as that one's TLS proved it.
+    """
+
+    names: tuple[str, ...] = ()
+    places: frozenset[str] = frozenset()
+    origin: frozenset[str] = frozenset()
+
+
+DIRECT: Final = Hops()
+
+
+def behind(caller: Caller, origin: frozenset[str]) -> Caller:
+    """The caller, who may also be where the first hop's own caller can be. Who is nowhere gains no place by that."""
+    return replace(caller, places=caller.places | origin) if caller.places and origin else caller
 
 
 EMPTY: Final[Mapping[str, Member]] = MappingProxyType({})

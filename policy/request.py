@@ -91,6 +91,9 @@ class Request:
     reason: str = "unspecified"
     approvals: int = 0
     attest: Attest = Attest()
+    grant: str = (
+        ""  # id of a live grant that covers exactly this; it counts only where no rule forbids and none permits
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from policy.places import Registry
 from policy.request import Attest, Caller, InstallationFacts, KeyFacts, PrincipalKind, Request, Resource, TenantFacts
 
 REQUESTS: Final = 500
+WHOLE_EVERY: Final = 20  # one in so many is asked of the whole bundle, the others of the rules that can concern them
 _STATES: Final = ("preactive", "active", "active", "active", "suspended", "deactivated", "compromised", "destroyed")
 _REASONS: Final = ("customer-initiated", "customer-initiated", "unspecified", "vendor-initiated")
 

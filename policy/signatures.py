@@ -19,15 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from policy.bundle import SIGNATURES, Bundle, BundleRefused
+from policy.hostile import Refused, read_file
 from policy.places import NAME
+from policy.signing import SIZE, PersonKey, verifies
 
 WHOLE: Final = "bundle"
 _LARGEST: Final = 4_096  # bytes of a file of signatures
-_SIGNATURE_SIZE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class Signer:
     """Whose signature a part must bear: `bundle`, or `tenants/NAME`. Of several signers of a part, one is enough."""
 
     part: str
-    key: Ed25519PublicKey
+    key: PersonKey
 
 
 def is_part(name: str) -> bool:
@@ -44,7 +42,7 @@ def is_part(name: str) -> bool:
 
 
 def statement(bundle: Bundle, part: str) -> bytes:
-    """What is signed, with Ed25519 (RFC 8032): three lines, the last one hex SHA-256 of the part's manifest.
+    """What is signed (`policy.signing`): three lines, the last one hex SHA-256 of the part's manifest.
 
     The whole is signed with its version, so that no earlier content passes for a later one; a tenant's files are signed
     without, so that they need no new signature when others change. The schema is the release's and stands in neither.
@@ -71,7 +69,7 @@ def check(directory: Path, bundle: Bundle, signers: Sequence[Signer]) -> None:
             continue
         said = statement(bundle, part)
         found = _signatures(_path(directory, part), directory)
-        if not any(_verifies(s.key, one, said) for s in signers if s.part == part for one in found):
+        if not any(verifies(s.key, one, said) for s in signers if s.part == part for one in found):
             name = str(_path(Path(), part))
             raise BundleRefused(name, 0, f"no signature of a signer of {part!r} on what the directory holds; {_HOW}")
 
@@ -86,26 +84,17 @@ def _path(directory: Path, part: str) -> Path:
 def _signatures(path: Path, directory: Path) -> list[bytes]:
     name = str(path.relative_to(directory))
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
+        data = read_file(path, most=_LARGEST)
+    except Refused as refused:
+        raise BundleRefused(name, 0, refused.reason) from None
     except FileNotFoundError:
         raise BundleRefused(name, 0, f"not there, and the configuration wants it; {_HOW}") from None
-    if len(data) > _LARGEST:
-        raise BundleRefused(name, 0, f"larger than {_LARGEST} bytes")
     found = []
     for number, line in enumerate(data.splitlines(), 1):
         try:
             found.append(base64.b64decode(line, validate=True))
         except binascii.Error:
             raise BundleRefused(name, number, "not base64") from None
-        if len(found[-1]) != _SIGNATURE_SIZE:
-            raise BundleRefused(name, number, f"not an Ed25519 signature of {_SIGNATURE_SIZE} bytes")
+        if len(found[-1]) != SIZE:
+            raise BundleRefused(name, number, f"not a signature of {SIZE} bytes")
     return found
-
-
-def _verifies(key: Ed25519PublicKey, signature: bytes, said: bytes) -> bool:
-    try:
-        key.verify(signature, said)
-    except InvalidSignature:
-        return False
-    return True

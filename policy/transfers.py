@@ -17,6 +17,7 @@ agreement if there is none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -122,6 +123,10 @@ class Agreements:
         """When the first of the agreements ends that these rules of a decision name; 0 if one is registered no more."""
         named = [self._by_id.get(agreement) for _, agreement in crossings_of(rules)]
         return min((0 if agreement is None else agreement.ends for agreement in named), default=0)
+
+    def first_end(self, now: int) -> float:
+        """When (s) the first of those ends that are in force at `now`; infinite if none is."""
+        return min((float(a.ends) for a in self.all if a.begins <= now < a.ends), default=math.inf)
 
     def _crossed(self, asked: _Asked) -> set[Crossing]:
         action, hsm, caller, via, dest, target = asked

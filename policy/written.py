@@ -90,6 +90,8 @@ def digest(request: Request) -> str:
     """As `Digests.of`: SHA-256(`skms/facts/v1` || 00 || canonical JSON of the facts), first 32 hex."""
     shown = written(request)
     del shown["now"], shown["caller"]["id"], shown["caller"]["authn"]
+    if not shown["grant"]:  # digests of before there were grants stay what they were
+        del shown["grant"]
     text = json.dumps(shown, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(_DOMAIN + text.encode()).hexdigest()[:32]
 
@@ -107,6 +109,7 @@ _TYPES: Final[Mapping[str, Any]] = {
     "purpose": str,
     "reason": str,
     "approvals": int,
+    "grant": str,
 }
 
 

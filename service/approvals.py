@@ -1,8 +1,8 @@
 """Approvals: signatures of officers over the digest of one exact request, by keys that are on no node.
 
-Each officer holds an Ed25519 key; the configuration names the public halves. What is approved is a digest, so an approval
-counts for that request alone; how long it counts is said by the request. A request that the service itself executes is an
-`Asked`; that of `skms audit recover` is made and executed by a command, and approved in the same way.
+Each officer holds a key, in a file or on a card; the configuration names the public halves. What is approved is a digest, so
+an approval counts for that request alone; how long it counts is said by the request. A request that the service itself
+executes is an `Asked`; that of `skms audit recover` is made and executed by a command, and approved in the same way.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-from service.keyfiles import KeyFileRefused, private_key, public_key
+from policy.signing import ED25519, PersonKey, identity, verifies
+from service.keyfiles import KeyFileRefused, Sign, by_file, public_key
+from service.webauthn import AssertionRefused, Credential, verify
 
 _FIELDS: Final = {"approver", "digest", "kind", "signature"}
 _ASKED: Final = b"skms/approval/v1\0"
@@ -27,15 +26,30 @@ class ApprovalRefused(Exception):
     """An approval, a key or the number of approvals does not do; the message says which and why."""
 
 
+class AuthenticatorCloned(ApprovalRefused):
+    """An authenticator's counter did not rise: there may be two of it, and who holds the other one is not known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Approver:
     """An officer who may approve."""
 
     name: str
-    key: Ed25519PublicKey
+    key: PersonKey
     identities: tuple[str, ...] = ()  # as which the service knows the same person: whoever asks does not approve
     tenants: tuple[str, ...] = ()  # whose requests; empty: everybody's
     groups: tuple[str, ...] = ()  # such as nation:DE: which places of a rule the officer can fill
+    credential: Credential | None = None  # approves by WebAuthn, and in no other way
+
+    def same_as(self, other: Approver) -> bool:
+        """Whether the enrolments themselves say that both are one person: by name, key, credential or identity."""
+        one, another = self.credential, other.credential
+        return (
+            self.name == other.name
+            or identity(self.key) == identity(other.key)
+            or (one is not None and another is not None and one.id == another.id)
+            or not set(self.identities).isdisjoint(other.identities)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +143,24 @@ def statement(kind: str, digest: str) -> bytes:
     return f"skms-approval/v1\n{kind}\n{digest}\n".encode()
 
 
+def challenge(kind: str, digest: str) -> bytes:
+    """What an officer's WebAuthn credential signs: a request's digest itself; SHA-256 of the statement of a revocation."""
+    if kind.startswith(revocation("")):
+        return hashlib.sha256(statement(kind, digest)).digest()
+    return bytes.fromhex(digest)
+
+
 def approve(kind: str, digest: str, *, name: str, key_file: Path, password: bytes | None = None) -> Approval:
     """Sign with an officer's private key (PEM); ApprovalRefused if the file holds no Ed25519 key."""
+    return approve_by(by_file(key_file, password), kind, digest, name=name)
+
+
+def approve_by(sign: Sign, kind: str, digest: str, *, name: str) -> Approval:
+    """Sign with whatever an officer signs with; ApprovalRefused if that does not sign."""
     try:
-        key = private_key(key_file, password)
+        return Approval(name, kind, digest, sign(statement(kind, digest)))
     except KeyFileRefused as error:
         raise ApprovalRefused(str(error)) from None
-    return Approval(name, kind, digest, key.sign(statement(kind, digest)))
 
 
 def load_approval(path: Path) -> Approval:
@@ -156,13 +181,15 @@ def load_approver(
     name: str,
     path: Path,
     *,
+    algorithm: str = ED25519,
     identities: tuple[str, ...] = (),
     tenants: tuple[str, ...] = (),
     groups: tuple[str, ...] = (),
+    credential: Credential | None = None,
 ) -> Approver:
-    """An officer by the public key (PEM) that the configuration names; ApprovalRefused if it is not Ed25519."""
+    """An officer by the public key (PEM) that the configuration names; ApprovalRefused if it is of another algorithm."""
     try:
-        return Approver(name, public_key(path), identities, tenants, groups)
+        return Approver(name, public_key(path, algorithm), identities, tenants, groups, credential)
     except KeyFileRefused as error:
         raise ApprovalRefused(f"approver {name}, {error}") from None
 
@@ -174,10 +201,13 @@ def check(approval: Approval, approvers: Sequence[Approver], *, kind: str, diges
         raise ApprovalRefused(f"{approval.approver!r} is no approver of this installation: see [[approvals.approver]]")
     if (approval.kind, approval.digest) != (kind, digest):
         raise ApprovalRefused(f"the approval of {approval.approver} is of another request ({approval.digest[:16]}…)")
-    try:
-        known.key.verify(approval.signature, statement(kind, digest))
-    except InvalidSignature:
-        raise ApprovalRefused(f"the signature of {approval.approver} is false") from None
+    if known.credential is not None:
+        try:
+            verify(approval.signature, known.credential, known.key, challenge(kind, digest))
+        except AssertionRefused as error:
+            raise ApprovalRefused(f"the assertion of {approval.approver}: {error}") from None
+    elif not verifies(known.key, approval.signature, statement(kind, digest)):
+        raise ApprovalRefused(f"the signature of {approval.approver} is false")
     return known
 
 
@@ -192,16 +222,16 @@ def quorum(
 ) -> tuple[Approval, ...]:
     """The approvals, if each is right and enough different officers gave them; ApprovalRefused otherwise.
 
-    One key under two names is one officer. The request is the installation's.
+    One key or identity under two names is one officer. The request is the installation's.
     """
-    officers: dict[bytes, Approver] = {}
+    officers: list[Approver] = []
     for approval in given:
         officer = check(approval, approvers, kind=kind, digest=digest)
-        other = officers.setdefault(officer.key.public_bytes_raw(), officer).name
-        if sum(a.approver == approval.approver for a in given) > 1 or other != approval.approver:
-            raise ApprovalRefused(f"{other} and {approval.approver} are one officer: each counts once")
+        if same := next((other for other in officers if officer.same_as(other)), None):
+            raise ApprovalRefused(f"{same.name} and {approval.approver} are one officer: each counts once")
+        officers.append(officer)
     if len(officers) < needed:
         raise ApprovalRefused(f"{len(officers)} of {needed} approvals: different officers must approve this request")
-    if lacking := [name for r in rules if r.concerns(kind, None) for name in r.unfilled([*officers.values()])]:
+    if lacking := [name for r in rules if r.concerns(kind, None) for name in r.unfilled(officers)]:
         raise ApprovalRefused(f"an officer of {lacking[0]} must approve this request: see [[approvals.rule]]")
     return tuple(given)

@@ -8,13 +8,26 @@ serve. What is unknown (an HSM without a supplier, a supplier without a label, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from keystore import Keystore, Located, Placed
 from policy import NO_HSM, Gap, Policy, Registry, Verdict
+from policy.graph import KeyGraph, graph_of, root
 
 _KEPT: Final = 4096
+LEAK: Final = "no copy is usable outside residency"
+NO_BACKUPS: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+class Homed(Protocol):
+    """Where a key's root KEK is, and where its material may be."""
+
+    @property
+    def home(self) -> str: ...
+    @property
+    def residency(self) -> frozenset[str]: ...
 
 
 class _Tiered(Protocol):
@@ -44,19 +57,27 @@ class _Known:
 
     registry: Registry | None
     serving: Mapping[str, frozenset[str]]  # region -> HSMs that may be called
+    graph: KeyGraph | None = None
     found: dict[tuple[object, ...], Verdict] = field(default_factory=dict)
 
 
 class Bars:
     """The bars of the tiers as this worker knows them. `supplied` names the supplier of each HSM, None if it has none.
 
-    `serving` gives the HSMs of a region that may be called: one that is drained holds no key up.
+    `serving` gives the HSMs of a region that may be called: one that is drained holds no key up. `backups` are the tokens
+    that are stored away, and their regions.
     """
 
     def __init__(
-        self, supplied: Mapping[str, str | None], *, regions: Iterable[str], serving: Callable[[str], frozenset[str]]
+        self,
+        supplied: Mapping[str, str | None],
+        *,
+        regions: Iterable[str],
+        serving: Callable[[str], frozenset[str]],
+        backups: Mapping[str, str] = NO_BACKUPS,
     ) -> None:
         self._supplied, self.regions, self._serving = dict(supplied), frozenset(regions), serving
+        self._backups = dict(backups)
         self._known = _Known(None, {})
         self.refresh()
 
@@ -64,19 +85,35 @@ class Bars:
         """Look again which HSMs serve. Memory only."""
         serving = {region: self._serving(region) for region in self.regions}
         if serving != self._known.serving:
-            self._known = _Known(self._known.registry, serving)
+            self._known = _Known(self._known.registry, serving, self._known.graph)
+
+    def graph(self, registry: Registry) -> KeyGraph:
+        """Where the root KEKs of all regions are usable."""
+        known = self._of(registry)
+        if known.graph is None:
+            places = registry.expand(["approved"])
+            known = self._known = replace(known, graph=graph_of(registry, places | self.regions, self._backups))
+        return known.graph or graph_of(registry, self.regions, self._backups)
+
+    def _of(self, registry: Registry) -> _Known:
+        if self._known.registry is not registry:
+            self._known = _Known(registry, self._known.serving)
+        return self._known
+
+    def leaks(self, registry: Registry, key: Homed) -> tuple[Gap, ...]:
+        """The places outside a key's residency in which its material is usable, each with the path."""
+        found = self.graph(registry).leaks(root(key.home), key.residency)
+        return tuple(Gap(f"{LEAK}: key -wrap-> {leak.path}") for leak in found)
 
     def verdict(self, registry: Registry, key: _Tiered, now: int) -> Verdict:
         """What a key lacks at `now` (us), and how long that holds. One look into memory but for the first of its kind."""
-        known = self._known
-        if known.registry is not registry:
-            known = self._known = _Known(registry, known.serving)
+        known = self._of(registry)
         kind = (key.tenant, key.tier, key.home, key.residency, key.execution, key.reach, key.egress, key.failover)
         found = known.found.get(kind)
         if found is None or not found.since <= now < found.until:
             if len(known.found) >= _KEPT:
                 known.found.clear()
-            found = known.found[kind] = registry.verdict(
+            places = registry.verdict(
                 tenant=key.tenant,
                 tier=key.tier,
                 home=key.home,
@@ -88,6 +125,7 @@ class Bars:
                 suppliers={self._supplied.get(hsm) for hsm in known.serving.get(key.home, ())},
                 now=now,
             )
+            found = known.found[kind] = replace(places, gaps=(*places.gaps, *self.leaks(registry, key)))
         return found
 
     def hsms(self) -> dict[str, str | None]:
@@ -134,6 +172,25 @@ class Report:
     more: bool
 
 
+def spread(registry: Registry, keys: Iterable[Homed], region: str, to: str) -> str:
+    """How material of one of these keys would leave its residency if the region's root KEK came to `to`; empty if none would.
+
+    Where `to` is, the charter says, or else it is in the region.
+    """
+    about = registry.copies.get(to)
+    places = frozenset({region}) if about is None else registry.expand(about.places)
+    kind = "backup" if about is None else about.kind
+    for key in keys:
+        outside = sorted(places - key.residency)
+        if key.home == region and outside:
+            return f"key -wrap-> {root(region)} -{kind}-> {to} in {', '.join(outside)}, outside {_named(key.residency)}"
+    return ""
+
+
+def _named(places: Iterable[str]) -> str:
+    return ", ".join(sorted(places)) or "nowhere"
+
+
 class Compliance:
     """The keys of the installation against the bars of their tiers. Calls the database."""
 
@@ -144,6 +201,17 @@ class Compliance:
         """The keys of each tier and how many are below its bar: a tenant's, or (None) all."""
         found = self._keystore.placed(tenant)
         return self._counted(registry, found, self._low(found, registry, self._clock()))
+
+    def leaking(self, registry: Registry, *, after: str | None, limit: int) -> tuple[int, list[Below]]:
+        """(how many keys are usable outside their residency, up to `limit` of them after an id and how they are so)."""
+        found = [(kind, n, self._bars.leaks(registry, kind)) for kind, n in self._keystore.placed(None)]
+        leaking = {kind: gaps for kind, _, gaps in found if gaps}
+        named = self._keystore.located(list(leaking), after=after, limit=limit) if leaking and limit else []
+        return sum(n for _, n, gaps in found if gaps), [Below(key, leaking[key.placed]) for key in named]
+
+    def spread(self, registry: Registry, region: str, to: str) -> str:
+        """As the function `spread`, of all keys."""
+        return spread(registry, (kind for kind, _ in self._keystore.placed(None)), region, to)
 
     def expiries(self, registry: Registry) -> Iterator[tuple[str, str, float]]:
         """Each label of each supplier, and in how many seconds it ends; below 0 once it has."""

@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 
 from audit.event import KINDS
 from policy.signatures import WHOLE, is_part
+from service.webauthn import decoded, usable
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,17}$")]
@@ -27,6 +28,7 @@ Place = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 TenantName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Group = Annotated[str, Meta(pattern=r"^[a-z]{1,32}:[A-Za-z0-9-]{1,64}$")]  # nation:DE
 Days = Annotated[int, Meta(ge=0, le=36_500)]
+Algorithm = Literal["Ed25519", "ES256"]  # of a person's key: ES256 is ECDSA on P-256 with SHA-256
 
 
 class ConfigInvalid(Exception):
@@ -82,6 +84,7 @@ class SignerSection(Struct, frozen=True, forbid_unknown_fields=True):
 
     part: str
     public_key: Path
+    algorithm: Algorithm = "Ed25519"
 
 
 class PolicySection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -146,6 +149,17 @@ class TimestampSection(Struct, frozen=True, forbid_unknown_fields=True):
     every_s: Annotated[float, Meta(ge=0)] = 3_600
 
 
+class WebauthnSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """A credential whose assertions approve: `skms approval enrol` tells its id (base64url), relying party and origin."""
+
+    credential: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{22,1364}$")]
+    rp: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,252}$")]
+    origins: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"^https?://[a-z0-9][a-z0-9.-]{0,252}(:[1-9][0-9]{0,4})?$")], ...],
+        Meta(min_length=1, max_length=8),
+    ]
+
+
 class ApproverSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Who approves, and as whom the service knows the same person: one who asked does not approve."""
 
@@ -154,6 +168,8 @@ class ApproverSection(Struct, frozen=True, forbid_unknown_fields=True):
     identities: tuple[Annotated[str, Meta(min_length=1, max_length=512)], ...] = ()
     tenants: tuple[Place, ...] = ()  # whose requests; empty: everybody's
     groups: tuple[Group, ...] = ()
+    algorithm: Algorithm = "Ed25519"
+    webauthn: WebauthnSection | None = None
 
 
 class GroupSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,7 +181,9 @@ class GroupRuleSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Of which groups the approvers are, beside how many: a person fills one place."""
 
     groups: Annotated[tuple[GroupSection, ...], Meta(min_length=1, max_length=16)]
-    kinds: tuple[Literal["destroy_key", "set_key_policy", "lift_freeze", "policy", "audit-recover"], ...] = ()
+    kinds: tuple[
+        Literal["destroy_key", "set_key_policy", "lift_freeze", "policy", "audit-recover", "create_exception"], ...
+    ] = ()
     tenants: tuple[Place, ...] = ()
 
     @property
@@ -346,6 +364,9 @@ def _approvers_consistent(section: ApprovalsSection, path: Path) -> None:
         raise ConfigInvalid(str(path), 0, "two [[approvals.approver]] have one name: each is one person")
     if len(set(known)) != len(known):
         raise ConfigInvalid(str(path), 0, "two [[approvals.approver]] have one identity: each is one person")
+    for approver in section.approver:
+        if approver.webauthn is not None:
+            _credential_usable(approver.name, approver.webauthn, path)
     if names and len(names) < section.needed:
         reason = f"needed = {section.needed}, but there are {len(names)} [[approvals.approver]]"
         raise ConfigInvalid(str(path), 0, f"[approvals]: {reason}")
@@ -358,6 +379,17 @@ def _approvers_consistent(section: ApprovalsSection, path: Path) -> None:
             if members < one.min:
                 reason = f"min = {one.min}, but {members} [[approvals.approver]] have it in `groups`"
                 raise ConfigInvalid(str(path), 0, f"[[approvals.rule]] {one.group}: {reason}")
+
+
+def _credential_usable(name: str, section: WebauthnSection, path: Path) -> None:
+    where = f"[[approvals.approver]] {name}: webauthn"
+    try:
+        decoded(section.credential)
+    except ValueError:
+        raise ConfigInvalid(str(path), 0, f"{where}.credential: not base64url without padding") from None
+    if wrong := [origin for origin in section.origins if not usable(section.rp, origin)]:
+        reason = f"no browser lets a page of {wrong[0]} use credentials of {section.rp}"
+        raise ConfigInvalid(str(path), 0, f"{where}.origins: {reason}: https, and rp its host or a domain above it")
 
 
 def _signers_consistent(signers: tuple[SignerSection, ...], path: Path) -> None:

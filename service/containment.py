@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import re
 import threading
@@ -20,12 +21,15 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from audit.event import DATA_PLANE
+from audit.log import Change, ChangeFailed
 from audit.search import Found
 from keystore import Key, KeyNotFound, Plan
 from policy import Freeze, InForce, Scope
+from policy.freeze import HALT
 from policy.rows import BEAT_S, FreezeRows, FreezeRowsDamaged, Reach
 from service.approvals import Asked
 from service.kms import Ask, Kms
+from service.mark import Mark, MarkDamaged
 from service.outcome import NotFound, RequestInvalid
 from service.quorum import Kind, Quorum, Standing
 
@@ -40,17 +44,27 @@ BEATS_KEPT_S: Final = 3 * BEAT_S  # a worker that could not say for so long that
 LOOK_BACK_US: Final = 24 * 3_600 * 1_000_000  # where the last success is looked for
 PAGES: Final = 20
 PAGE: Final = 500
+_STOPPED: Final[Mapping[str, frozenset[str]]] = {  # operations of the audit log; a rewrap may be to another key
+    HALT: DATA_PLANE,
+    "no-release": frozenset({"decrypt", "unwrap_data_key", "rewrap"}),
+    "admin-only": DATA_PLANE - {"random"},
+}
 _TAG: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}=.{0,256}")
 
 
 @dataclass(frozen=True, slots=True)
 class NewFreeze:
-    """What is to be stopped, and why: `kind` and `value` of its scope, `reason` a code."""
+    """What is to be stopped, and why: `kind` and `value` of its scope, `reason` a code, `mode` one of `MODES`.
+
+    `began` (microseconds): when what it answers to began, if that is known.
+    """
 
     kind: str
     value: str
     reason: str
     drill: bool = False
+    mode: str = HALT
+    began: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +89,12 @@ class Containment:
         worker: str,
         clock: Callable[[], int],
         monotonic: Callable[[], float],
+        mark: Mark,
         period_s: float = PERIOD_S,
     ) -> None:
         self._kms, self._rows, self.quorum, self._worker = kms, rows, quorum, worker
         self._clock, self._monotonic, self._period = clock, monotonic, period_s
+        self._mark = mark
         self._acknowledged = -1
         self._beat_at = 0.0
         self._changed = asyncio.Event()
@@ -114,7 +130,10 @@ class Containment:
         def decide(decision: str) -> Freeze:
             tenant = ask.caller.tenant
             scope = self._scope(tenant, wanted)
-            return Freeze(decision, 0, scope, tenant, wanted.reason, ask.caller.id, self._clock(), wanted.drill)
+            who, at, began = ask.caller.id, self._clock(), wanted.began
+            if began is not None and not 0 <= began <= at:
+                raise RequestInvalid(("/began", "out_of_range", "when the incident began: not in the future"))
+            return Freeze(decision, 0, scope, tenant, wanted.reason, who, at, wanted.drill, wanted.mode, began)
 
         def plan(freeze: Freeze) -> Plan:
             made.append(freeze)
@@ -125,9 +144,26 @@ class Containment:
 
             return Plan(key=None, write=lambda c: self._rows.put(c, freeze), applied=applied)
 
-        parameters = {"kind": wanted.kind, "value": wanted.value, "reason": wanted.reason, "drill": wanted.drill}
+        parameters = dataclasses.asdict(wanted)
         await self._kms.change_own(ask, op, "freeze", parameters, decide, plan)
         return made[0]
+
+    async def stop(self, tenant: str, scope: Scope, *, reason: str) -> Freeze:
+        """Stop something of a tenant that nobody asked to stop: the node found it itself. Only a quorum lifts that."""
+        officer = f"internal:{self._kms.node}:scheduler"
+        freeze = Freeze(str(uuid.uuid4()), 0, scope, tenant, reason, officer, self._clock())
+        key = {"key": scope.value} if scope.kind == "key" else {}
+        record = self._kms.admin_record("freeze", tenant=tenant, out="ok", why=reason, actor=officer, **key)
+
+        def applied() -> None:
+            self._kms.freezes.add(freeze)
+            self._wake.set()
+
+        try:
+            await self._kms.log.append(record, change=Change(lambda c: self._rows.put(c, freeze), applied))
+        except ChangeFailed as failed:
+            raise failed.__cause__ or failed from None
+        return freeze
 
     async def every(self, ask: Ask) -> list[tuple[Freeze, int | None]]:
         """The freezes of the caller's tenant, or all for the installation's own people, newest first."""
@@ -151,7 +187,8 @@ class Containment:
             for freeze, lifted_at in self._visible(ask):
                 if freeze.id == freeze_id and lifted_at is None:
                     scope = {"kind": freeze.scope.kind, "value": freeze.scope.value}
-                    return freeze.tenant, {"freeze": freeze.id, "scope": scope, "since": freeze.at}
+                    about = {"freeze": freeze.id, "scope": scope, "mode": freeze.mode, "since": freeze.at}
+                    return freeze.tenant, about
             raise NotFound("no such freeze in force")
 
         return await self.quorum.ask(ask, LIFT, wanted)
@@ -227,7 +264,7 @@ class Containment:
         return Contained(freeze, lifted_at, reach, self._last_success(freeze, reach.contained_at or self._clock()))
 
     def _last_success(self, freeze: Freeze, until: int) -> Found | None:
-        """From the audit log: the newest use in scope that succeeded, of the day before."""
+        """From the audit log: the newest use that it stops and that succeeded, of the day before."""
         scope = freeze.scope
         wanted = {"out": "ok", "tenant": scope.value if scope.kind == "tenant" else freeze.tenant}
         if scope.kind in {"key", "caller"}:
@@ -238,7 +275,7 @@ class Containment:
                 since=freeze.at - LOOK_BACK_US, until=until, after=after, limit=PAGE, **wanted
             )
             for found in page:
-                if self._in_scope(scope, found.record):
+                if found.record.get("op") in _STOPPED[freeze.mode] and self._in_scope(scope, found.record):
                     return found
             if len(page) < PAGE:
                 return None
@@ -246,7 +283,7 @@ class Containment:
         return None
 
     def _in_scope(self, scope: Scope, record: Mapping[str, Any]) -> bool:
-        if record["kind"] != "op" or record.get("op") not in DATA_PLANE or record.get("dry"):
+        if record["kind"] != "op" or record.get("dry"):
             return False
         match scope.kind:
             case "region":
@@ -326,11 +363,15 @@ class Containment:
             if freezes.age_s is not None and extent == (known, known):
                 freezes.confirm(at)
                 return
-            if extent[0] < known:
-                raise FreezeRowsDamaged(f"freeze {known} was there and is missing")
+            if extent[0] < (least := max(known, self._mark.value())):
+                raise FreezeRowsDamaged(
+                    f"freeze {least} was there and is missing: restore the database, or remove {self._mark.path} if it "
+                    f"was set back on purpose"
+                )
             now = self._rows.read()
             asyncio.run_coroutine_threadsafe(self._obey(at, now), loop).result(timeout=10)
-        except FreezeRowsDamaged as damaged:
+            self._remember(now.epoch)
+        except (FreezeRowsDamaged, MarkDamaged) as damaged:
             if freezes.damaged != str(damaged):
                 alarm.critical(
                     "stored freezes were changed outside the service", extra={"facts": {"why": str(damaged)}}
@@ -338,6 +379,13 @@ class Containment:
             freezes.distrust(str(damaged))
         except Exception as error:  # whatever it is, the lease goes on running
             log.warning("freezes could not be read", extra={"facts": {"error": type(error).__name__}})
+
+    def _remember(self, epoch: int) -> None:
+        try:
+            self._mark.rise(epoch)
+        except OSError as error:  # a full disk keeps nobody from obeying
+            facts = {"file": str(self._mark.path), "error": type(error).__name__}
+            log.warning("the newest freeze is not remembered on this node", extra={"facts": facts})
 
     async def _obey(self, at: float, now: InForce) -> None:
         # On the event loop: whatever was decided by the old freezes has been sent, or is looked at again.

@@ -15,8 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
-SCHEMA: Final = "0006"  # the newest revision among the migrations; a worker that finds it there has nothing to load
+SCHEMA: Final = "0009"  # the newest revision among the migrations; a worker that finds it there has nothing to load
 BUSY_MS: Final = 5_000
+MIGRATING: Final = 0x534B4D53  # PostgreSQL's advisory lock for it
 # libpq: how long a server may be silent before its connection counts as lost. A busy one still answers the kernel.
 PATIENCE: Final = {
     "connect_timeout": 2,
@@ -95,9 +96,17 @@ def reader(engine: Engine) -> Engine:
 
 
 def migrate(engine: Engine, *, lock_dir: Path) -> None:
-    """Bring the schema to the newest revision; workers that start together do it one after the other."""
-    if revision(engine) == SCHEMA:
+    """Bring the schema to the newest revision; workers that start together do it one after the other, on several nodes too.
+
+    DatabaseUnusable if a later release has been there.
+    """
+    if (found := revision(engine)) == SCHEMA:
         return
+    if found > SCHEMA:
+        raise DatabaseUnusable(
+            f"the database has schema {found}, and this release knows none after {SCHEMA}: run the release that made it, or "
+            f"restore a backup of before its upgrade"
+        )
     # A fifth of a worker's imports, and almost never needed.
     from alembic import command
     from alembic.config import Config as AlembicConfig
@@ -108,6 +117,8 @@ def migrate(engine: Engine, *, lock_dir: Path) -> None:
     with (lock_dir / "migrate.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with engine.begin() as connection:
+            if connection.dialect.name == "postgresql":  # other nodes lock files of their own
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATING})
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 

@@ -6,6 +6,7 @@ members and the key's row counts only if it has that digest, and else the answer
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -19,10 +20,25 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
+from audit.event import DATA_PLANE
 from audit.search import Search
 from keystore import KeyNotFound
-from policy import Caller, Decision, InstallationFacts, KeyFacts, Policy, Registry, Request, Resource, TenantFacts
+from policy import (
+    Caller,
+    Decision,
+    InstallationFacts,
+    KeyFacts,
+    Policy,
+    Registry,
+    Request,
+    Resource,
+    TenantFacts,
+    behind,
+)
+from policy.exceptions import Waiver, named, waived
 from policy.explain import Explanation, explain
+from policy.grants import Grant
+from policy.signed import RowsDamaged
 from policy.written import digest
 from service.rows import Applied, AppliedDamaged, Settings
 
@@ -34,6 +50,8 @@ _BUNDLE: Final = "policy-bundle/"
 _PREVIOUS: Final = "policy-before/"
 _SINCE: Final = "policy-since/"
 _DRAFT: Final = "policy-draft/"
+_FREEZE: Final = "FREEZE"
+HOP: Final = "HOP:"  # how the rule begins that a record names if the way of a request was not proven
 
 Callers = Callable[[Registry, Mapping[str, Any]], Iterable[Caller]]
 KeyFactsOf = Callable[[uuid.UUID], KeyFacts]
@@ -197,6 +215,10 @@ class Decisions:
         self._callers, self._key_facts = callers, key_facts
         # What a key's bounds were at a version of its row: the values that later changes replaced, newest first.
         self.earlier_bounds: Callable[[uuid.UUID, int], Iterable[Mapping[str, Any]]] = lambda _key, _version: ()
+        self.exceptions: Callable[[str], Iterable[Waiver]] = lambda _key: ()  # of a key, live or not
+        self.grants: Callable[[str, str], Iterable[Grant]] = (
+            lambda _key, _caller: ()
+        )  # of a key to a caller, live or not
 
     def caller(self, registry: Registry, identity: str, tenant: str) -> Caller | None:
         """Who an identity of a tenant is in a registry's eyes; None if it is nobody there, or cannot be told."""
@@ -211,7 +233,12 @@ class Decisions:
         """A recorded decision, made again with every rule and condition. BundleLost, FactsLost."""
         policy = self.bundles.get(self._policy_of(record))
         request = self.request(record, policy)
-        told = explain(policy, request)
+        key = str(record.get("key", ""))
+        grants: Iterable[Grant] = ()
+        waivers: Iterable[Waiver] = ()
+        with contextlib.suppress(RowsDamaged):  # what the rules say is told all the same
+            grants, waivers = (self.grants(key, request.caller.id), self.exceptions(key)) if key else ((), ())
+        told = explain(policy, request, grants=grants, exceptions=waivers)
         if not same(record, told.decision.allowed, told.decision.rules):
             raise FactsLost("made again, the decision is another one: the record or this release is not what it was")
         return told
@@ -313,7 +340,12 @@ class Decisions:
         places = sorted(policy.registry.expand(["approved"]))
         key = self._key(record)
         declared = frozenset(record.get("dest", ()))
-        for caller in callers:
+        grant = str(record.get("grant", "")) if record.get("op") in DATA_PLANE else ""
+        waivers: tuple[Waiver, ...] = ()
+        if "exc" in record and record.get("op") in DATA_PLANE:
+            waivers = named(str(record["exc"]), self.exceptions(str(record.get("key"))))
+        passed, origin = frozenset(record.get("via", ())), frozenset(record.get("orig", ()))
+        for caller in (behind(c, origin) for c in callers):
             tenant = policy.registry.tenant(caller.tenant) if caller.tenant is not None else None
             usual = tenant.default_reason if tenant is not None else "unspecified"
             for resource, approvals in itertools.product(_resources(caller, key), _APPROVALS):
@@ -324,10 +356,13 @@ class Decisions:
                         resource=resource,
                         now=int(record["ts"]) // 1_000_000,
                         hsm=str(record["region"]) if isinstance(resource, KeyFacts) else via,
-                        via=frozenset({via}),
+                        via=passed | {via},
                         purpose=_purpose(record, resource),
                         reason=str(record.get("reason", usual)),
                         approvals=approvals,
+                        grant=grant,
+                        waived_reach=waived(waivers, "reach"),
+                        waived_egress=waived(waivers, "egress"),
                     )
                     yield from _actions(base, policy, caller.places | declared)
 
@@ -363,7 +398,8 @@ def same(record: Mapping[str, Any], allowed: bool, rules: tuple[str, ...]) -> bo
 
 
 def _undecided(record: Mapping[str, Any]) -> str:
-    if record.get("rule", ["FREEZE"]) != ["FREEZE"]:
+    told = str(record.get("rule", [_FREEZE])[0])
+    if told != _FREEZE and not told.startswith(HOP):
         return "the record has no digest of the facts: it was written by a release that kept none"
     why = record.get("why") or record.get("out") or "nothing"
     return f"no policy was asked: typed code ended this request before ({why})"

@@ -6,8 +6,10 @@ Tests, benches and demos use exactly this. Its charter has two thresholds lowere
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -117,7 +119,7 @@ def prepare(
             platform_member=people[-2].identity(),
             officer_member=people[-1].identity(),
         )
-    port = port or _free_port()
+    port = port or free_port()
     write_private(
         config_file,
         _toml(directory, tokens, second, shape, places, port, database, installation).encode(),
@@ -195,9 +197,16 @@ def _authority(pki: Path, name: str, title: str) -> Authority:
     return made
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+def free_port() -> int:
+    """A port nobody listens on, below those the kernel hands out by itself: nobody gets it by chance before it is bound."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(100):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", first - 1 - secrets.randbelow(12_000))) as found,
+        ):
+            return int(found.getsockname()[1])
+    raise OSError(f"no free port below {first}: give one with --port")
 
 
 def _toml(

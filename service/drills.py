@@ -107,6 +107,8 @@ class Drills:
             members = {name: group.member(name) for name in (wanted.source, wanted.target)}
         except NoSuchHsm:
             raise RequestInvalid(("/to", "other_region", f"name an HSM of region {group.region}")) from None
+        if told := self._kms.compliance.spread(self._kms.policy.registry, group.region, wanted.target):
+            raise HsmStateInvalid(f"material would leave its key's residency: {told}")
         exchange = self._exchange(wanted.source, wanted.target)
         epoch, now = exchange.epoch(), self._clock()
         token = members[wanted.source].token

@@ -27,8 +27,8 @@ from audit.rollback import Guard
 from audit.segments import Segment
 from keystore import Key
 from policy import Caller
+from service.ids import uuid7
 from service.kms import Ask, Kms
-from service.requests import uuid7
 from service.rows import Lease, LeaseLost
 
 log: Final = logging.getLogger("skms.jobs")
@@ -62,8 +62,18 @@ def scheduler_of(tenant: str, region: str, node: str) -> Caller:
 class Scheduler:
     """Runs what is due, every `period_s` seconds, if this worker holds the lease."""
 
-    def __init__(self, kms: Kms, lease: Lease, *, owner: str, clock: Callable[[], int], period_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        kms: Kms,
+        lease: Lease,
+        *,
+        owner: str,
+        clock: Callable[[], int],
+        nightly: Callable[[], Awaitable[object]],
+        period_s: float = 5.0,
+    ) -> None:
         self._kms, self._lease, self._owner, self._clock, self._period = kms, lease, owner, clock, period_s
+        self._nightly = nightly  # does nothing while it is not due
 
     async def run(self) -> None:
         """For ever; one failing job is logged and does not stop the others."""
@@ -79,6 +89,10 @@ class Scheduler:
         """Do all that is due now; how many jobs succeeded."""
         now = self._clock()
         done = 0
+        try:
+            await self._nightly()
+        except Exception as error:  # it stays due
+            log.error("the key graph was not computed", extra={"facts": {"error": type(error).__name__}})
         for key in await asyncio.to_thread(self._kms.keystore.due_rotations, now):
             done += await self._job(key, self._kms.rotate_key)
         for key in await asyncio.to_thread(self._kms.keystore.due_deletions, now):

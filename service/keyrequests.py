@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import Connection
 
-from keystore import Bounds, Key, KeyDestroyed, KeyNotFound, KeyState, Plan, RowDamaged, StaleKey
+from keystore import FENCES, Bounds, Key, KeyDestroyed, KeyNotFound, KeyState, Plan, RowDamaged, StaleKey
 from service.approvals import ApprovalRefused, Asked
 from service.kms import Ask, Kms
 from service.outcome import ApprovalClosed, TierNotMet
@@ -45,7 +45,7 @@ class KeyRequests:
         return await self._quorum.ask_of_key(ask, DESTROY, key, {}, wanted)
 
     async def set_policy(self, ask: Ask, key: str, bounds: Bounds) -> Standing:
-        """Ask for other bounds of a key: tier, places, purposes. InputRefused, TierNotMet as at its creation."""
+        """Ask for other bounds of a key: tier, places, purposes, fences. InputRefused, TierNotMet as at its creation."""
 
         def wanted(found: Key) -> Mapping[str, object]:
             self._fits(found, bounds)
@@ -71,7 +71,8 @@ class KeyRequests:
         done = [a for a in self._quorum.executed(SET_POLICY, str(key)) if _version(a) >= version]
         done.sort(key=_version, reverse=True)
         bounds = [msgspec.convert(asked.parameters["from"], Bounds) for asked in done]
-        return [{name: getattr(was, name) for name in was.shown()} for was in bounds]
+        # The fences are no fact of a decision: the keystore holds them whatever a policy says.
+        return [{name: getattr(was, name) for name in was.shown() if name not in FENCES} for was in bounds]
 
     def _executed_as(self, kind: str, action: str, plan: Callable[[Key, Asked], Plan]) -> None:
         def prepare(asked: Asked, approvals: Mapping[str, str]) -> Plan | None:

@@ -56,11 +56,14 @@ from keystore import (
 )
 from keystore.envelope import MAX_PAIRS
 from policy import (
+    DIRECT,
     Caller,
     Decision,
     Freezes,
     FreezeUnconfirmed,
     Frozen,
+    Hops,
+    InForce,
     InstallationFacts,
     KeyFacts,
     Policy,
@@ -68,14 +71,21 @@ from policy import (
     TenantFacts,
     Touched,
 )
+from policy import exceptions as waivers
+from policy.exceptions import Exceptions, Waiver
 from policy.explain import Explanation
 from policy.freeze import PASSING
-from policy.rows import FreezeRowsDamaged
+from policy.grants import RULE as GRANT
+from policy.grants import Grant, Grants
+from policy.graph import root
+from policy.rows import FreezeRowsDamaged, GrantSpent, GrantUses
+from policy.signed import RowsDamaged
 from policy.transfers import CODE, RULE, Agreement, crosses
 from policy.written import Digests
 from service.admission import Admission, Refusals
 from service.compliance import Bars, Compliance, Report
 from service.decisions import BundleLost, Decisions, Replay
+from service.ids import uuid4
 from service.outcome import (
     DENIED,
     ERROR,
@@ -196,6 +206,7 @@ class Ask:
     decision_id: str | None = None
     decision: Decision | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # of the last record, for the request log and metrics
+    hops: Hops = DIRECT  # the forwarders it came through
 
 
 class _Entry:
@@ -206,6 +217,7 @@ class _Entry:
         "context",
         "decision",
         "facts",
+        "grants",
         "id",
         "key",
         "memo",
@@ -214,20 +226,23 @@ class _Entry:
         "touched",
         "use",
         "version",
+        "waivers",
         "wanted",
     )
 
     def __init__(self, ask: Ask, op: str, *, use: Use = NO_USE, **facts: object) -> None:
-        self.ask, self.op, self.use, self.id = ask, op, use, str(uuid.uuid4())
+        self.ask, self.op, self.use, self.id = ask, op, use, uuid4()
         self.facts: dict[str, Any] = {k: v for k, v in facts.items() if v is not None}
         self.context: Mapping[str, str] | None = None
         self.decision: Decision | None = None
-        self.memo: dict[policy.Request, Decision] | None = None
+        self.memo: _Memo | None = None
         self.refused: tuple[str, str] | None = None  # (out, why) of a request refused before it reached `Kms`
         self.key: Key | None = None
         self.version: int | None = None
         self.wanted: Direction | None = None
         self.touched: tuple[Touched, ...] = ()  # what a freeze may stop
+        self.grants: tuple[Grant, ...] = ()  # those that allowed it
+        self.waivers: tuple[Waiver, ...] = ()  # the exceptions it needed
 
     @classmethod
     def of(cls, ask: Ask, work: Work, **facts: object) -> _Entry:
@@ -243,6 +258,31 @@ class _Entry:
             self.facts["alg"] = alg
         if out_len is not None:
             self.facts["out_len"] = out_len
+
+
+@dataclass(frozen=True, slots=True)
+class _Permit:
+    """What let an item of a batch be done with a key, for the next one that asks the same about the same row.
+
+    Another row, freeze or policy since then, and it is asked anew. What comes later withholds the answer, as with each.
+    """
+
+    key: Key
+    freezes: InForce
+    policy: Policy
+    decision: Decision
+    wanted: Direction | None
+    version: int | None
+    touched: tuple[Touched, ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class _Memo:
+    """What was decided within one batch."""
+
+    decisions: dict[policy.Request, Decision] = field(default_factory=dict)
+    permits: dict[tuple[str, int, int | None, Use], _Permit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,15 +334,19 @@ class Kms:
         decisions: Decisions,
         bars: Bars,
         applied: AppliedRows,
+        exceptions: Exceptions,
+        grants: Grants,
+        grant_uses: GrantUses,
         witness: Witness | None = None,
     ) -> None:
-        self.node, self.region = node, region
+        self.node, self.region, self._here = node, region, frozenset({region})
         self.keystore, self.imports, self.log, self.search = keystore, imports, log, search
         self.tokens, self.fleet, self.prover = tokens, fleet, prover
         self.policy, self.shadow, self.freezes = policy_now, shadow, freezes
         self._load_policy, self._hsms, self._clock = load_policy, hsms, clock
         self._witness, self._strangers, self._refusals = witness, Admission(), Refusals(clock=clock)
         self.decisions, self.applied, self.bars = decisions, applied, bars
+        self.exceptions, self.grants, self._grant_uses = exceptions, grants, grant_uses
         self.compliance = Compliance(keystore, bars, clock=clock)
         self._in_step: str | None = None  # the applied bundle that this worker has, by the digest it was applied with
         self._told_active = policy_now.digest
@@ -368,8 +412,8 @@ class Kms:
             Mac: self._mac,
             VerifyMac: self._verify_mac,
         }
-        batch_id = str(uuid.uuid4())
-        memo: dict[policy.Request, Decision] = {}
+        batch_id = uuid4()
+        memo = _Memo()
         done: list[tuple[_Entry, Any, Exception | None]] = []
         with self.keystore.batch() as sealer:
             for index, item in enumerate(items):
@@ -388,12 +432,16 @@ class Kms:
                     except Exception as caught:  # it belongs to this item alone and stands in its record
                         error = caught
                 done.append((entry, value, error))
-        receipts = await self.log.append_many([self._record(entry, error) for entry, _, error in done])
+        given = [(self._record(entry, error), None if error else self._counting(entry)) for entry, _, error in done]
         results = []
-        for (entry, value, error), receipt in zip(done, receipts, strict=True):
-            late = error if error is not None else await self._withhold(entry)
+        for (entry, value, error), told in zip(done, await self.log.append_each(given), strict=True):
+            late: Exception | None
+            if isinstance(told, ChangeFailed):
+                late, receipt = _cause(told), told.receipt
+            else:
+                late, receipt = error or await self._withhold(entry), told
+            ask.receipt = receipt
             results.append(ItemResult(None if late is not None else value, late, receipt, entry.id, entry.decision))
-        ask.receipt = receipts[-1] if receipts else None
         return batch_id, results
 
     async def random(self, ask: Ask, length: int) -> bytes:
@@ -439,14 +487,16 @@ class Kms:
         if work.to_key is not None:
             target = self.keystore.find(self._tenant(entry.ask), work.to_key)
         if target.id == source.id:
-            self._permit(entry, "rewrap", source, version=envelope.version)
+            contexts = (work.context, work.context if work.to_context is None else work.to_context)
+            self._permit(entry, "rewrap", source, version=envelope.version, contexts=contexts)
             check_use(target, target.latest_number, "protect", now=self._clock())
         else:
             # Whoever may use the other key can read this: two keys, two decisions, both must allow. From a key below its
             # bar there is this way out, to one that meets a bar as high.
             leaving = target.tier <= source.tier
-            copies = target.residency | target.reach
-            self._permit(entry, "encrypt", target)
+            copies = target.residency | target.reach | self.bars.graph(self.policy.registry).usable(root(target.home))
+            made_under = work.context if work.to_context is None else work.to_context
+            self._permit(entry, "encrypt", target, contexts=(made_under,))
             self._permit(entry, "reEncrypt", source, version=envelope.version, target=copies, leaving=leaving)
         self._go(entry)
         purpose = envelope.purpose
@@ -840,6 +890,37 @@ class Kms:
 
         return await self._control(ask, op, {"key": key, **parameters}, permitted, plan, facts=facts, beside=True)
 
+    async def read_of_key(self, ask: Ask, op: str, action: str, key: str, read: Callable[[Key], T]) -> T:
+        """Read something about a key of the caller's tenant, if the caller may. `read` may call the database."""
+        async with self._recorded(_Entry(ask, op)) as entry:
+            found = self._permitted(entry, action, key)
+            return await asyncio.to_thread(read, found)
+
+    async def change_of_key(
+        self,
+        ask: Ask,
+        op: str,
+        action: str,
+        key: str,
+        parameters: Mapping[str, object],
+        decide: Callable[[str, Key], T],
+        plan: Callable[[T], Plan],
+        *,
+        facts: Mapping[str, Any] = NO_FACTS,
+        passing: bool = False,
+    ) -> Plan:
+        """Change something about a key that is not in its row, if the caller may. No freeze stops what is `passing`.
+
+        `decide` gets the decision's id and the key; it and `plan` reach no HSM.
+        """
+
+        def permitted(entry: _Entry) -> T:
+            found = self.keystore.find(self._tenant(ask), key)
+            self._decide(entry, self._asked(entry, action, found, passing=passing))
+            return decide(entry.id, found)
+
+        return await self._control(ask, op, {"key": key, **parameters}, permitted, plan, facts=facts, beside=True)
+
     def approvals_needed(self, caller: str, action: str, key: Key) -> int:
         """How few approvals the rules would ask for if this member asked now; 0 if no number of them would do."""
         request = self._approved_request(caller, action, key, "unspecified")
@@ -860,7 +941,7 @@ class Kms:
             return False
         if not decision.allowed:
             raise policy.Denied(decision)
-        self._thawed(self._touching(request.caller, key, request.caller.places))
+        self._thawed(self._touching(request.caller, action, key, request.caller.places))
         return True
 
     def _approved_request(self, caller: str, action: str, key: Key, reason: str) -> policy.Request | None:
@@ -896,6 +977,11 @@ class Kms:
             if self.policy.decide(tried).code != APPROVAL_REQUIRED:
                 return tried
         return dataclasses.replace(request, approvals=MOST_APPROVALS)
+
+    def agreements_end_s(self) -> float:
+        """Seconds until the first agreement in force ends; infinite if none is."""
+        now = self._clock() / 1_000_000
+        return self.policy.agreements.first_end(int(now)) - now
 
     async def get_compliance(self, ask: Ask, *, after: str | None, limit: int) -> Report:
         """The keys that do not meet their tier and what is missing: of the caller's tenant, or of all for the installation."""
@@ -961,10 +1047,11 @@ class Kms:
         A directory that does not hold it (yet) changes nothing, nor does an applied bundle that cannot be believed.
         """
         if digest is not None and digest not in {self.policy.digest, self._in_step, self._not_found}:
+            before = self.policy
             found = await asyncio.to_thread(self._followed, digest)
             if found is None:
                 self._not_found = digest  # said once; a reload, another bundle or a restart brings this worker in step
-            else:
+            elif self.policy is before:  # else a later one came into force here while this one was read
                 self.in_force(*found)
         if self._told_active == self.policy.digest:
             return False
@@ -1019,9 +1106,7 @@ class Kms:
 
     def admin_record(self, op: str, **facts: Any) -> event.Admin:
         """A record of something that no caller asked for."""
-        return event.Admin(
-            id=str(uuid.uuid4()), ts=self._clock(), node=self.node, op=op, pol=self.policy.digest[:32], **facts
-        )
+        return event.Admin(id=uuid4(), ts=self._clock(), node=self.node, op=op, pol=self.policy.digest[:32], **facts)
 
     async def create_token(self, ask: Ask, new: NewToken) -> tuple[ApiToken, str]:
         """Make an API token of the caller's own tenant and role; its secret is shown this once."""
@@ -1231,16 +1316,16 @@ class Kms:
         async with self._recorded(_Entry(ask, "metrics")) as entry:
             self._allowed(entry, "metrics", InstallationFacts())
 
-    async def refused(self, ask: Ask, op: str, out: str, why: str) -> None:
-        """Record a request that was refused before its operation began: malformed, invalid, too large."""
-        entry = _Entry(ask, op)
+    async def refused(self, ask: Ask, op: str, out: str, why: str, *, rule: str | None = None) -> None:
+        """Record a request that was refused before its operation began: malformed, invalid, too large, of no proven way."""
+        entry = _Entry(ask, op, rule=None if rule is None else (rule,))
         entry.refused, ask.decision_id = (out, why), entry.id
         await self._append(entry, None)
 
     async def unidentified(self, *, source: str, request_id: str, arrived: int, why: str) -> Receipt:
         """Record a request whose caller or route is unknown."""
         record = event.Auth(
-            id=str(uuid.uuid4()),
+            id=uuid4(),
             ts=arrived,
             node=self.node,
             src=source or None,
@@ -1275,8 +1360,99 @@ class Kms:
         version: int | None = None,
         target: frozenset[str] = frozenset(),
         leaving: bool = False,
+        contexts: Sequence[Mapping[str, str]] | None = None,
     ) -> None:
-        self._decide(entry, self._asked(entry, action, key, version=version, target=target, leaving=leaving))
+        memo = entry.memo
+        alone = (
+            entry.key is None and not target and contexts is None
+        )  # a second key of one item is asked about by itself
+        if memo is not None and (not alone or self.grants.held(str(key.id), entry.ask.caller.id)):
+            memo = None  # what a grant allows depends on each item's context
+        question = (action, id(key), version, entry.use)
+        known = None if memo is None else memo.permits.get(question)
+        if known is not None and known.key is key and known.freezes is self.freezes.now and known.policy is self.policy:
+            entry.key, entry.wanted, entry.version, entry.touched = key, known.wanted, known.version, known.touched
+            entry.decision = entry.ask.decision = known.decision
+            entry.facts |= known.facts
+            return
+        own = frozenset(entry.facts)
+        request = self._asked(entry, action, key, version=version, target=target, leaving=leaving)
+        if "use" in self.policy.actions.get(action, ()):
+            request = self._waived(entry, request)
+            grant = self._grant_for(entry, request, contexts)
+            request = request if grant is None else dataclasses.replace(request, grant=grant.id)
+        else:
+            grant = None
+        self._decide(entry, request)
+        if grant is not None and entry.decision is not None and f"{GRANT}/{grant.id}" in entry.decision.rules:
+            entry.grants = (*entry.grants, grant)
+        if memo is not None and entry.decision is not None and not entry.waivers:
+            facts = {name: fact for name, fact in entry.facts.items() if name not in own}
+            memo.permits[question] = _Permit(
+                key, self.freezes.now, self.policy, entry.decision, entry.wanted, entry.version, entry.touched, facts
+            )
+
+    def _waived(self, entry: _Entry, request: policy.Request) -> policy.Request:
+        """The request with what live exceptions waive for it: only where it needs any, and its record names them."""
+        entry.facts.pop("exc", None)  # of an earlier decision for the same record
+        needed = self.exceptions.needed(request)
+        if not needed:
+            return request
+        entry.facts["exc"] = waivers.told(needed)
+        entry.waivers = (*entry.waivers, *needed)
+        return dataclasses.replace(
+            request, waived_reach=waivers.waived(needed, "reach"), waived_egress=waivers.waived(needed, "egress")
+        )
+
+    def _grant_for(
+        self, entry: _Entry, request: policy.Request, contexts: Sequence[Mapping[str, str]] | None
+    ) -> Grant | None:
+        """The grant that covers a use, for its record too: whether it was needed, the decision tells."""
+        entry.facts.pop("grant", None)  # of an earlier decision for the same record
+        key, caller = request.resource, request.caller
+        if not isinstance(key, KeyFacts) or caller.tenant is None:
+            return None
+        found = self.grants.covering(
+            tenant=caller.tenant,
+            key=key.id,
+            caller=caller.id,
+            action=request.action,
+            purpose=request.purpose,
+            contexts=(entry.context or {},) if contexts is None else contexts,
+        )
+        if found is not None:
+            entry.facts["grant"] = found.id
+        return found
+
+    def _counting(self, entry: _Entry) -> Change | None:
+        """What counts the uses of grants together with the record; Denied there if one has no more of them."""
+        counted = [g for g in entry.grants if g.max_uses is not None]
+        if not counted:
+            return None
+        made: dict[str, int] = {}
+
+        def write(connection: Connection) -> None:
+            for grant in counted:
+                try:
+                    made[grant.id] = self._grant_uses.count(connection, grant, known=self.grants.uses(grant.id))
+                except GrantSpent:
+                    self.grants.used(grant.id, grant.max_uses or 0)  # by another worker, or before this one began
+                    raise self._ungranted() from None
+                except RowsDamaged as damaged:
+                    alarm.critical(
+                        "uses of a grant were changed outside the service", extra={"facts": {"why": str(damaged)}}
+                    )
+                    raise self._ungranted() from None
+
+        def applied() -> None:
+            for grant_id, count in made.items():
+                self.grants.used(grant_id, count)
+
+        return Change(write, applied)
+
+    def _ungranted(self) -> policy.Denied:
+        """What a caller is told whose grant does not count any more: that nothing permits this."""
+        return policy.Denied(Decision(False, "policy_denied", (), "DEFAULT", self.policy.digest))
 
     def _asked(
         self,
@@ -1298,7 +1474,7 @@ class Kms:
         entry.facts |= {"key": str(key.id), "kv": key.kv, "tier": key.tier, "region": key.home}
         destination = self._destination(entry)
         if action not in PASSING and not passing:
-            self._unfrozen(entry, self._touching(entry.ask.caller, key, destination))
+            self._unfrozen(entry, self._touching(entry.ask.caller, action, key, destination | entry.ask.hops.places))
         entry.wanted = _DIRECTION.get(action)
         if entry.wanted is not None:
             entry.version = number
@@ -1315,7 +1491,7 @@ class Kms:
             resource=facts_of(key, number),
             now=entry.ask.arrived // 1_000_000,  # the record's own time: a recompute has it too
             hsm=key.home,
-            via=frozenset({self.region}),
+            via=self._via(entry.ask),
             dest=destination if action in _RELEASES else frozenset(),
             target=target,
             purpose=self._purpose(entry.use, key),
@@ -1327,12 +1503,17 @@ class Kms:
         if self._clock() >= self.policy.agreements.ends(decision.rules) * 1_000_000:
             raise policy.Denied(Decision(False, CODE, (), RULE, decision.digest))
 
-    def _touching(self, caller: Caller, key: Key, destination: frozenset[str]) -> Touched:
+    def _via(self, ask: Ask) -> frozenset[str]:
+        """Where plaintext of a request passes: at this node, and at each forwarder it came through."""
+        return self._here | ask.hops.places
+
+    def _touching(self, caller: Caller, action: str, key: Key, destination: frozenset[str]) -> Touched:
         return Touched(
             key.tenant,
             caller.id,
             key.home,
             destination | {self.region},
+            self.policy.actions.get(action, frozenset()),
             key=str(key.id),
             tags=key.tags,
             tier=key.tier,
@@ -1354,9 +1535,10 @@ class Kms:
 
     def _allowed(self, entry: _Entry, action: str, resource: Resource, *, new: NewKey | None = None) -> None:
         """Ask the policy about something that is not a key, or not yet one."""
+        ask = entry.ask
         if action not in PASSING:
-            ask = entry.ask
-            touched = Touched(ask.caller.tenant, ask.caller.id, self.region, ask.caller.places | {self.region})
+            places, groups = ask.caller.places | self._via(ask), self.policy.actions.get(action, frozenset())
+            touched = Touched(ask.caller.tenant, ask.caller.id, self.region, places, groups)
             if new is not None:
                 touched = touched._replace(region=new.home, tags=new.tags, tier=new.tier)
             self._unfrozen(entry, touched)
@@ -1368,7 +1550,7 @@ class Kms:
                 resource=resource,
                 now=entry.ask.arrived // 1_000_000,
                 hsm=self.region,
-                via=frozenset({self.region}),
+                via=self._via(ask),
                 reason=self._reason(entry),
             ),
         )
@@ -1382,11 +1564,11 @@ class Kms:
         """What the policy says, for the record too."""
         entry.facts["facts"] = self._digests.of(request)
         # Within one batch the same question has the same answer.
-        decision = entry.memo.get(request) if entry.memo is not None else None
+        decision = entry.memo.decisions.get(request) if entry.memo is not None else None
         if decision is None:
             decision = self.shadow.decide(self.policy, request, entry.id)
             if entry.memo is not None:
-                entry.memo[request] = decision
+                entry.memo.decisions[request] = decision
         entry.decision = entry.ask.decision = decision
         entry.facts["pol"] = decision.digest[:32]
         if decision.rules:
@@ -1444,7 +1626,11 @@ class Kms:
         except Exception as error:
             await self._append(entry, error)
             raise
-        await self._append(entry, None)
+        try:
+            await self._append(entry, None)
+        except ChangeFailed as failed:
+            ask.receipt = failed.receipt
+            raise _cause(failed) from failed
         late = await self._withhold(entry)
         if late is not None:
             raise late
@@ -1455,7 +1641,8 @@ class Kms:
         if ask.caller.authn == "none" and record.why is not None and self.log.state == "RUNNING":
             ask.counted = self._refusals.only_counted(ask.caller.source, record.why)
         if not ask.counted:
-            ask.receipt = await self.log.append(record)
+            change = self._counting(entry) if error is None else None
+            ask.receipt = await self.log.append(record, change=change)
 
     async def tell_refusals(self) -> None:
         """Record how many refusals were only counted since the last time; those that cannot be are kept for the next."""
@@ -1464,7 +1651,7 @@ class Kms:
             while counted:
                 c = counted[-1]
                 record = event.Suppressed(
-                    id=str(uuid.uuid4()),
+                    id=uuid4(),
                     ts=self._clock(),
                     node=self.node,
                     src=c.source or None,
@@ -1486,6 +1673,9 @@ class Kms:
         if not changed and not crossed and not entry.touched:
             return None
         try:
+            held = all(map(self.grants.still, entry.grants)) and all(map(self.exceptions.still, entry.waivers))
+            if not held:
+                raise self._ungranted()
             if crossed and entry.decision is not None:
                 self._still_agreed(entry.decision)
             for touched in entry.touched:
@@ -1496,7 +1686,7 @@ class Kms:
         except Exception as error:  # frozen, stopped, destroyed, fenced or unknown now: all the same to the result
             await self.log.append(
                 event.Withheld(
-                    id=str(uuid.uuid4()),
+                    id=uuid4(),
                     ts=self._clock(),
                     node=self.node,
                     tenant=entry.ask.caller.tenant,
@@ -1577,9 +1767,7 @@ class Kms:
             )
         except ChangeFailed as failed:
             ask.receipt = failed.receipt
-            if isinstance(failed.__cause__, Exception):
-                raise failed.__cause__ from failed
-            raise
+            raise _cause(failed) from failed
 
     def _record(self, entry: _Entry, error: Exception | None, *, kind: type[Any] = event.Op) -> Any:
         ask, caller, now = entry.ask, entry.ask.caller, self._clock()
@@ -1606,6 +1794,10 @@ class Kms:
             facts["rule"] = ("DEFAULT",)
         if len(caller.places) == 1:
             facts["creg"] = next(iter(caller.places))
+        if ask.hops.names:
+            facts |= {"hops": ask.hops.names, "via": tuple(sorted(ask.hops.places))}
+            if ask.hops.origin:
+                facts["orig"] = tuple(sorted(ask.hops.origin))
         ask.facts = {
             "op": entry.op,
             "out": out,
@@ -1658,6 +1850,11 @@ class Kms:
             self._secrets[name] = await self._at(self.region, partial(self.keystore.tenant_secret, name))
             if not known:
                 await self.note("tenant_audit_key")
+
+
+def _cause(failed: ChangeFailed) -> Exception:
+    """Why a change was undone."""
+    return failed.__cause__ if isinstance(failed.__cause__, Exception) else failed
 
 
 def _planned(plan: Plan) -> Key:

@@ -14,8 +14,9 @@ import audit.proofs
 import audit.tree
 import keystore
 import policy
+from policy.signed import RowsDamaged
 from service.admission import RateLimited
-from service.approvals import ApprovalRefused
+from service.approvals import ApprovalRefused, AuthenticatorCloned
 from service.decisions import BundleLost, FactsLost
 from service.rows import AppliedDamaged, AppliedMoved, ApprovalDamaged, NoSuchToken
 
@@ -117,11 +118,13 @@ OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
     PolicyStale: (FAILED, "policy_stale"),
     AppliedMoved: (FAILED, "policy_stale"),
     AppliedDamaged: (ERROR, "internal"),
+    RowsDamaged: (ERROR, "internal"),
     PolicyByQuorum: (FAILED, "policy_by_quorum"),
     policy.Frozen: (DENIED, "frozen"),
     policy.FreezeUnconfirmed: (ERROR, "freeze_unconfirmed"),
     policy.FreezeGone: (FAILED, "freeze_lifted"),
     ApprovalRefused: (DENIED, "approval_refused"),
+    AuthenticatorCloned: (DENIED, "authenticator_cloned"),
     ApprovalClosed: (FAILED, "approval_closed"),
     ApprovalDamaged: (ERROR, "internal"),
     policy.UnknownPlace: (FAILED, "validation_failed"),

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 import policy.plan
 from keystore import Plan
 from policy import BundleRefused, LockedOut, Policy
-from policy.lockout import Lost, holders, strictest
+from policy.lockout import Lost, holders, lowered, parted, strictest
 from service.approvals import Asked
 from service.decisions import BundleLost, content
 from service.kms import POLICY_SETTING, Ask, Kms
@@ -90,6 +90,8 @@ class PolicyChanges:
             wished, tenant = files(now), ask.caller.tenant
             self._within(tenant, now.bundle.sources, wished)
             draft = self._draft(wished, now)
+            if tenant is not None and draft.version != now.version + 1:  # the highest would be the last change of all
+                raise BundleRefused("charter.yaml", 0, f"version {now.version + 1} is the next: a tenant skips none")
             self._check_lock_out(now, draft)
             changed = policy.plan.files(now.bundle.sources, wished)
             unproved = _proved(draft)
@@ -105,7 +107,7 @@ class PolicyChanges:
                 "after": None if applied is None else applied.approval,
                 "files": {change.path: change.change for change in changed},
                 "unproved": unproved,
-                "needed": self._needed(now, wished),
+                "needed": self._needed(now, draft),
             }
 
         def store(connection: Connection, approval: str) -> None:
@@ -146,11 +148,17 @@ class PolicyChanges:
         applied = self._kms.applied.get()
         return self._bundles.before(now) if applied is None else applied.replaces[:32]
 
-    def _needed(self, now: Policy, draft: Mapping[str, bytes]) -> int:
-        """As many as the charter in force asks for at most, if it is the charter that changes; else no more than always."""
-        changes = policy.plan.files(under(now.bundle.sources, 1), under(draft, 1))
+    def _needed(self, now: Policy, draft: Policy) -> int:
+        """As many as the rules in force ask for at most, if the charter changes or a person becomes two.
+
+        As many as they ask for what a draft asks fewer for; else 0, which is no more than always.
+        """
+        seconds = self._clock() // 1_000_000
+        changes = policy.plan.files(under(now.bundle.sources, 1), under(draft.bundle.sources, 1))
         charter = any(change.path.startswith(("charter/", "charter.yaml")) for change in changes)
-        return strictest(now, now=self._clock() // 1_000_000) if charter else 0
+        if charter or parted(now.registry, draft.registry):
+            return strictest(now, now=seconds)
+        return lowered(now, draft, now=seconds)
 
     def _check_lock_out(self, now: Policy, draft: Policy) -> None:
         """LockedOut also if nobody who may ask for the next change would find enough approvers beside herself."""

@@ -8,7 +8,9 @@ execution needs of an HSM is prepared before that transaction, and void if the r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,10 +19,22 @@ from sqlalchemy import Connection
 
 from keystore import Key, Plan
 from policy import Registry
-from service.approvals import Approval, ApprovalRefused, Approver, Asked, GroupRule, check, revocation
+from service.approvals import (
+    Approval,
+    ApprovalRefused,
+    Approver,
+    Asked,
+    AuthenticatorCloned,
+    GroupRule,
+    check,
+    revocation,
+)
 from service.kms import APPROVAL_REQUIRED, Ask, Kms
 from service.outcome import ApprovalClosed, NotFound
-from service.rows import ApprovalRows, StoredApproval
+from service.rows import ApprovalRows, CounterMoved, StoredApproval
+from service.webauthn import Assertion, counter_name
+
+alarm: Final = logging.getLogger("skms.alarm")
 
 OPEN: Final = "open"
 OUTDATED: Final = "outdated"  # what it is about was changed since: what was signed is not what would be done
@@ -48,6 +62,7 @@ class Kind:
     outdated: Callable[[Asked], str] = lambda _: ""
     region: Callable[[Asked], str | None] = lambda _: None
     key: Callable[[Asked], str | None] = lambda _: None  # the key that it is about
+    rules: tuple[GroupRule, ...] = ()  # groups of which somebody approves, beside those of the configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +180,7 @@ class Quorum:
             self._signed(asked, seen, Approval(approver, asked.kind, asked.digest(), signature))
             return signature.hex()
 
-        region = await asyncio.to_thread(self._region, approval_id)
+        region = await asyncio.to_thread(self._region, approval_id, ask)
         return await self._approve(ask, "sign_approval", approval_id, approver, signature, signed, region=region)
 
     async def revoke(self, ask: Ask, approval_id: str, approver: str, signature: bytes) -> Standing:
@@ -206,6 +221,7 @@ class Quorum:
             seen = self._opened(self._rows.get(approval_id), ask)
             asked = Asked.of(seen.content)
             changed = dataclasses.replace(seen, approvals={**seen.approvals, approver: accepted(asked, seen)})
+            self._risen(None, approver, signature)
             officers = self._counted(asked, changed)
             counted = {officer.name: changed.approvals[officer.name] for officer in officers}
             facts["appr"] = (approval_id, asked.digest(), *counted)[: NAMED + 2]
@@ -220,6 +236,7 @@ class Quorum:
                 if self._rows.held(connection, approval_id) != seen:
                     raise _Moved
                 self._opened(seen, ask)  # its time may have come to an end meanwhile
+                self._risen(connection, approver, signature)
                 if execution is not None:
                     execution.write(connection)
                 self._rows.update(connection, changed)
@@ -234,7 +251,7 @@ class Quorum:
                 await self._kms.change_own(
                     ask, op, "approve", parameters, lambda _: None, plan, facts=facts, region=region
                 )
-            except _Moved:
+            except (_Moved, CounterMoved):
                 continue
             return self._found(ask, approval_id)
         raise ApprovalClosed(f"request {approval_id} is changing: look at it and hand the signature in again")
@@ -248,7 +265,7 @@ class Quorum:
 
         plan = Plan(key=None, write=write, applied=lambda: None)
         op, parameters, facts = "cancel_approval", {"approval": approval_id}, {"appr": (approval_id,)}
-        how, key = await asyncio.to_thread(self._about, approval_id)
+        how, key = await asyncio.to_thread(self._about, approval_id, ask)
         if how is not None and key is not None:
             await self._kms.ask_of_key(
                 ask,
@@ -262,7 +279,7 @@ class Quorum:
                 withdrawing=True,
             )
         else:
-            action = "liftFreeze" if how is None else how.action
+            action = "readApprovals" if how is None else how.action  # of one that cannot be seen: that it is not there
             await self._kms.change_own(ask, op, action, parameters, lambda _: None, lambda _: plan, facts=facts)
         return self._found(ask, approval_id)
 
@@ -337,20 +354,21 @@ class Quorum:
 
         return Plan(key=None, write=write, applied=lambda: None)
 
-    def _about(self, approval_id: str) -> tuple[Kind | None, str | None]:
-        """What kind of request it is, and the key it is about; whoever asks learns of it only by what it may do."""
-        stored = self._rows.get(approval_id)
-        if stored is None:
-            return None, None
-        asked = Asked.of(stored.content)
-        how = self._kinds.get(asked.kind)
-        return how, None if how is None else how.key(asked)
+    def _about(self, approval_id: str, ask: Ask) -> tuple[Kind | None, str | None]:
+        """What kind of request it is, and the key it is about; one that the caller may not see is like one never made."""
+        asked = self._known(approval_id, ask)
+        how = None if asked is None else self._kinds.get(asked.kind)
+        return how, None if asked is None or how is None else how.key(asked)
 
-    def _region(self, approval_id: str) -> str | None:
+    def _region(self, approval_id: str, ask: Ask) -> str | None:
         """The region whose HSM the execution of a request reaches."""
-        stored = self._rows.get(approval_id)
-        asked = None if stored is None else Asked.of(stored.content)
+        asked = self._known(approval_id, ask)
         return None if asked is None or asked.kind not in self._kinds else self._kinds[asked.kind].region(asked)
+
+    def _known(self, approval_id: str, ask: Ask) -> Asked | None:
+        with contextlib.suppress(NotFound):  # which is told once the caller's right to ask was decided
+            return Asked.of(self._visible(self._rows.get(approval_id), ask).content)
+        return None
 
     def _found(self, ask: Ask, approval_id: str) -> Standing:
         return self._standing(self._visible(self._rows.get(approval_id), ask))
@@ -389,7 +407,9 @@ class Quorum:
         return tuple(name for rule in self._rules(asked) for name in rule.unfilled(officers))
 
     def _rules(self, asked: Asked) -> list[GroupRule]:
-        return [rule for rule in self._rule.groups if rule.concerns(asked.kind, asked.tenant)]
+        how = self._kinds.get(asked.kind)
+        own = () if how is None else how.rules
+        return [rule for rule in (*self._rule.groups, *own) if rule.concerns(asked.kind, asked.tenant)]
 
     def _outdated(self, asked: Asked) -> str:
         how = self._kinds.get(asked.kind)
@@ -422,6 +442,25 @@ class Quorum:
             raise ApprovalRefused(f"{approver.name} {why}")
         return approver
 
+    def _risen(self, connection: Connection | None, approver: str, signature: bytes) -> None:
+        """AuthenticatorCloned unless an assertion's counter is above all before it; kept in the caller's transaction."""
+        credential = next((a.credential for a in self._rule.approvers if a.name == approver), None)
+        if credential is None:
+            return
+        name, count = counter_name(credential), Assertion.of(signature).counter
+        before = self._rows.counter(connection, name)
+        if count == before == 0:  # it does not count
+            return
+        if count <= before:
+            facts = {"approver": approver, "counter": count, "before": before}
+            alarm.critical("an approver's authenticator may have been cloned", extra={"facts": facts})
+            raise AuthenticatorCloned(
+                f"{approver}'s authenticator counts {count}, and did {before} before: it may have been cloned, so take "
+                f"its credential out of [[approvals.approver]] unless you know better; a newer assertion counts"
+            )
+        if connection is not None:
+            self._rows.count(connection, name, count, before=before)
+
     def _unfit(self, approver: Approver, asked: Asked, registry: Registry) -> str:
         """Why somebody may not approve this; empty if nothing speaks against it."""
         if not approver.identities:
@@ -450,8 +489,7 @@ def _persons(registry: Registry, identities: Sequence[str]) -> set[tuple[str | N
 
 
 def _one_person(a: Approver, b: Approver, registry: Registry) -> bool:
-    same = a.name == b.name or a.key.public_bytes_raw() == b.key.public_bytes_raw()
-    return same or bool(_persons(registry, a.identities) & _persons(registry, b.identities))
+    return a.same_as(b) or bool(_persons(registry, a.identities) & _persons(registry, b.identities))
 
 
 def _distinct(approvers: Iterable[Approver], registry: Registry) -> list[Approver]:

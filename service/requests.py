@@ -6,15 +6,18 @@ in; control characters cannot forge a second line, because each line is one JSON
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -23,21 +26,18 @@ from sqlalchemy import Engine
 from audit.forward import Forwarder, lags
 from audit.witness import Witnessing
 from keystore import Admin
+from policy.exceptions import KINDS, LONGEST_US
 from service.kms import Ask, Kms
 from service.rows import Operations
+from service.sovereignty import Sovereignty
 
 log: Final = logging.getLogger("skms.request")
+alarm: Final = logging.getLogger("skms.alarm")
 
+_ATOMIC: Final = (
+    4_096  # PIPE_BUF: workers share a pipe, and what one of them writes at once does not mix with others' lines
+)
 _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-
-
-def uuid7(now_us: int) -> str:
-    """A UUIDv7 (RFC 9562, 5.7): milliseconds, then random bits. Says when, and nothing else."""
-    random = int.from_bytes(os.urandom(10), "big")
-    value = (now_us // 1_000 & (1 << 48) - 1) << 80 | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62
-    value |= random & (1 << 62) - 1
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 class JsonLines(logging.Formatter):
@@ -65,6 +65,46 @@ def where(error: BaseException) -> list[str]:
         found += [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(current.__traceback__)[-8:]]
         current = current.__cause__ or current.__context__
     return found
+
+
+class RequestLines:
+    """Writes the line of each request to standard error: those of one turn of the event loop together.
+
+    `logging` took a tenth of a request for the same line.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[bytes] = []
+        self._second, self._text = 0, ""
+
+    def add(self, now: int, facts: Mapping[str, Any]) -> None:
+        """A request that ended at `now` (us)."""
+        second, part = divmod(now // 1_000, 1_000)
+        if second != self._second:
+            self._second, self._text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        whole = {"time": f"{self._text}.{part:03d}Z", "level": "info", "logger": log.name, "event": "request", **facts}
+        line = msgspec.json.encode(whole)
+        if not line.isascii():  # some terminals take more than a newline for the end of a line
+            line = json.dumps(whole).encode()
+        self._waiting.append(line + b"\n")
+        if len(self._waiting) == 1:
+            asyncio.get_running_loop().call_soon(self._write)
+
+    def _write(self) -> None:
+        lines, self._waiting = self._waiting, []
+        together = b""
+        for line in lines:
+            if len(together) + len(line) > _ATOMIC:
+                _to_stderr(together)
+                together = b""
+            together += line
+        _to_stderr(together)
+
+
+def _to_stderr(data: bytes) -> None:
+    with contextlib.suppress(OSError):  # whoever read the lines is gone: no reason to serve no more
+        while data:
+            data = data[os.write(2, data) :]
 
 
 def configure_logging(level: str) -> None:
@@ -138,6 +178,35 @@ class _DrillMetrics(Collector):
         yield from (took, refused)
 
 
+class _ExceptionMetrics(Collector):
+    """Exceptions that count now, by tier and by what they waive, and when the next of them ends."""
+
+    def __init__(self, kms: Kms) -> None:
+        self._kms = kms
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges of each tier and criterion."""
+        known = self._kms.exceptions
+        live = GaugeMetricFamily("skms_exceptions_live", "Exceptions that count now", labels=["tier", "criterion"])
+        ends = GaugeMetricFamily(
+            "skms_exception_next_end_seconds",
+            "Time until the first of them ends: what it lets in is refused from then on",
+            labels=["criterion"],
+        )
+        for kind in KINDS:
+            open_now = known.live_now(kind)
+            for tier in LONGEST_US:
+                live.add_metric([str(tier), kind], float(sum(w.tier == tier for w in open_now)))
+            ends.add_metric([kind], known.next_end_s(kind))
+        yield from (live, ends)
+        age = GaugeMetricFamily(
+            "skms_exceptions_age_seconds",
+            "Time since this worker read the exceptions: none counts if it could not for 3 s, or cannot believe them",
+        )
+        age.add_metric([], float("inf") if known.age_s is None else known.age_s)
+        yield age
+
+
 class _ComplianceMetrics(Collector):
     """Keys below the bar of their tier, and how long suppliers' labels are good for. Suppliers and labels are the charter's."""
 
@@ -160,9 +229,17 @@ class _ComplianceMetrics(Collector):
             counts = {}
         for tier in (1, 2, 3):
             below.add_metric([str(tier)], counts.get(tier, float("inf")))
+        spread = GaugeMetricFamily(
+            "skms_key_graph_violations", "Keys whose material is usable outside their residency: any is an alarm"
+        )
+        try:
+            spread.add_metric([], float(compliance.leaking(registry, after=None, limit=0)[0]))
+        except Exception as error:  # as above
+            log.warning("the key graph was not computed", extra={"facts": {"error": type(error).__name__}})
+            spread.add_metric([], float("inf"))
         for supplier, label, seconds in compliance.expiries(registry):
             ends.add_metric([supplier, label], seconds)
-        yield from (below, ends)
+        yield from (below, ends, spread)
 
 
 class _AuditState(Collector):
@@ -225,6 +302,50 @@ class _WitnessMetrics(Collector):
         yield from (witnessed, lag, failures)
 
 
+class _SovereigntyMetrics(Collector):
+    """The figures of sovereignty. Labels are names of the charter and criteria."""
+
+    def __init__(self, figures: Sovereignty) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """What there is evidence for; a figure of nothing is left out."""
+        found = self._figures.lately()
+        critical = GaugeMetricFamily("skms_critical_systems", "Critical systems of the charter")
+        critical.add_metric([], found.control.critical)
+        sovereign = GaugeMetricFamily("skms_critical_systems_sovereign", "Of those, under sovereign control")
+        sovereign.add_metric([], found.control.sovereign)
+        gaps = GaugeMetricFamily(
+            "skms_critical_system_gaps", "Critical systems that do not meet a criterion", labels=["criterion"]
+        )
+        for criterion, count in found.control.gaps.items():
+            gaps.add_metric([criterion], count)
+        share = GaugeMetricFamily("skms_supplier_share", "Keys by tier that hang on a supplier", labels=["supplier"])
+        loss = GaugeMetricFamily(
+            "skms_supplier_loss_key_ratio",
+            "Part of the keys that no other supplier's HSM could use",
+            labels=["supplier"],
+        )
+        for supplier, value in found.diversity.share.items():
+            share.add_metric([supplier], value)
+            loss.add_metric([supplier], found.diversity.loss[supplier])
+        index = GaugeMetricFamily("skms_supplier_diversity", "0: all on one supplier, 1: evenly on all approved ones")
+        if found.diversity.index is not None:
+            index.add_metric([], found.diversity.index)
+        contained = GaugeMetricFamily(
+            "skms_incident_contain_seconds", "Longest time to contain of a year", labels=["kind"]
+        )
+        for kind, times in (("real", found.containment.real), ("drill", found.containment.drills)):
+            if times.max_s is not None:
+                contained.add_metric([kind], times.max_s)
+        detected = GaugeMetricFamily("skms_incident_detect_seconds", "Longest time to detect an incident of a year")
+        if found.containment.detected.max_s is not None:
+            detected.add_metric([], found.containment.detected.max_s)
+        drilled = GaugeMetricFamily("skms_containment_drilled", "1 if containment was drilled within 90 days")
+        drilled.add_metric([], float(found.containment.drilled))
+        yield from (critical, sovereign, gaps, share, loss, index, detected, contained, drilled)
+
+
 class _Count(Collector):
     """A counter that is kept elsewhere."""
 
@@ -255,6 +376,14 @@ class Observer:
             registry=self.registry,
         )
         self._status = Counter("skms_http_responses_total", "HTTP answers", ["status"], registry=self.registry)
+        self._counted: dict[tuple[str, str, str, int], tuple[Counter, Histogram, Counter]] = {}
+        self._lines = RequestLines()
+        self._conflicts = Counter(
+            "skms_region_conflicts_total",
+            "Requests whose way through forwarders was not proven: any is an alarm",
+            ["reason"],
+            registry=self.registry,
+        )
         info = Gauge("skms_build_info", "Version and node", ["version", "node"], registry=self.registry)
         info.labels(version, node).set(1)
         self._gauge("skms_audit_waiting_records", "Records that wait for their commit", lambda: kms.log.waiting)
@@ -289,6 +418,20 @@ class Observer:
             lambda: kms.damaged_rows,
         )
         self._gauge("skms_policy_version", "Version of the policy bundle in force", lambda: kms.policy.version)
+        self._gauge(
+            "skms_transfer_agreement_expires_seconds",
+            "Time until the first of the agreements in force ends: what crosses under it is refused from then on",
+            kms.agreements_end_s,
+        )
+        self._gauge(
+            "skms_grants", "Grants that were not revoked, as this worker knows them", lambda: len(kms.grants.rows)
+        )
+        self._gauge(
+            "skms_grants_age_seconds",
+            "Time since this worker read the grants: none counts if it could not for 3 s, or cannot believe them",
+            lambda: float("inf") if kms.grants.age_s is None else kms.grants.age_s,
+        )
+        self.registry.register(_ExceptionMetrics(kms))
         self._gauge("skms_freezes", "Freezes in force", lambda: len(kms.freezes.now.freezes))
         self._gauge(
             "skms_freezes_age_seconds",
@@ -317,6 +460,10 @@ class Observer:
         """Show how far the receivers of the log are behind."""
         self.registry.register(_SinkMetrics(engine, sinks, clock))
 
+    def watch_sovereignty(self, figures: Sovereignty) -> None:
+        """Show the figures of sovereignty."""
+        self.registry.register(_SovereigntyMetrics(figures))
+
     def watch_witnesses(self, witnessing: Witnessing) -> None:
         """Show what the witnesses cosign."""
         self.registry.register(_WitnessMetrics(witnessing))
@@ -324,10 +471,16 @@ class Observer:
     def observe(self, ask: Ask, source: str, method: str, status: int, now: int) -> None:
         """One request ended."""
         facts = ask.facts
-        op, out, code = facts.get("op") or "none", facts.get("out") or "none", facts.get("why") or "ok"
-        self._requests.labels(op, out, code).inc()
-        self._seconds.labels(op).observe(max(0, now - ask.arrived) / 1e6)
-        self._status.labels(str(status)).inc()
+        about = (facts.get("op") or "none", facts.get("out") or "none", facts.get("why") or "ok", status)
+        counted = self._counted.get(about)
+        if counted is None:  # finding them by their labels takes longer than counting
+            op, out, code, _ = about
+            counted = self._requests.labels(op, out, code), self._seconds.labels(op), self._status.labels(str(status))
+            self._counted[about] = counted
+        requests, seconds, answers = counted
+        requests.inc()
+        seconds.observe(max(0, now - ask.arrived) / 1e6)
+        answers.inc()
         if log.isEnabledFor(logging.INFO):
             line = {
                 "request_id": ask.request_id,
@@ -337,11 +490,17 @@ class Observer:
                 "us": now - ask.arrived,
                 "caller": ask.caller.id,
                 "tenant": ask.caller.tenant,
-                **{k: v for k, v in facts.items() if v is not None},
             }
+            line |= {k: v for k, v in facts.items() if v is not None}
             if ask.receipt is not None:
                 line["record"] = f"{ask.receipt.log}/{ask.receipt.seq}"
-            log.info("request", extra={"facts": line})
+            self._lines.add(now, line)
+
+    def conflict(self, ask: Ask, reason: str) -> None:
+        """The way of a request was not proven: somebody misconfigured a forwarder, or lies about one."""
+        self._conflicts.labels(reason).inc()
+        told = {"request_id": ask.request_id, "source": ask.caller.source, "caller": ask.caller.id, "reason": reason}
+        alarm.error("the way of a request is not proven", extra={"facts": told})
 
     def crash(self, ask: Ask, error: BaseException) -> None:
         """An exception nobody expected: its place goes to the log under the request's id, its text nowhere."""

@@ -13,9 +13,31 @@ from dataclasses import dataclass
 from keystore import Catalog, Hsm, Key, Keystore, difference
 from keystore.hsm import Material, StoredKey
 from keystore.pkcs11 import CeremonyRefused, Transcript, open_token
+from service.compliance import spread
 from service.config import Config
 from service.database import migrate, open_engine
-from service.wiring import serving_tokens, token_configs
+from service.wiring import bundle_at_start, serving_tokens, token_configs
+
+
+def check_join(config: Config, name: str) -> None:
+    """CeremonyRefused with the path if some key's material would leave its residency by the root KEK's coming to this token.
+
+    BundleRefused if the policy in force, which says where the token is, cannot be told.
+    """
+    token = next((t for t in token_configs(config) if t.name == name), None)
+    if token is None:
+        raise CeremonyRefused(f"the configuration names no HSM {name!r}")
+    engine = open_engine(config.database.url)
+    try:
+        migrate(engine, lock_dir=config.node.state_dir)
+        bundle, _ = bundle_at_start(config, engine)
+        kinds = [kind for kind, _ in Catalog(engine).placed(None)]
+    finally:
+        engine.dispose()
+    if told := spread(bundle.registry, kinds, token.region, name):
+        raise CeremonyRefused(
+            f"{name}: material would leave its key's residency: {told}: keep the token elsewhere, or move those keys first"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +62,7 @@ def verify(config: Config, name: str, *, sample: int, transcript: Transcript) ->
     serving = next((t for t in serving_tokens(config) if t.region == backup.region and t.name != name), None)
     if serving is None:
         raise CeremonyRefused(f"no other HSM of region {backup.region} is there to compare {name} with")
+    check_join(config, name)
     source = open_token(serving)
     target = open_token(backup)
     engine = open_engine(config.database.url)

@@ -20,6 +20,8 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
+from service.mark import Mark, MarkDamaged
+
 tables: Final = sa.MetaData()
 
 _token: Final = sa.Table(
@@ -98,6 +100,8 @@ NEVER_FOR_TOKENS: Final = frozenset(
         "completeDeletion",
         "scheduleDeletion",
         "setPolicy",
+        "grant",
+        "requestException",
         "reloadPolicy",
         "changePolicy",
         "export",
@@ -330,6 +334,21 @@ class Idempotency:
         headers = tuple((str(k), str(v)) for k, v in json.loads(row["headers"]))
         return Replay(row["status"], row["body"], headers)
 
+    def once(self, names: Sequence[str], *, keep_us: int) -> bool:
+        """Whether none of these names was used before, on any worker; all of them count as used for `keep_us` from now on."""
+        at = self._clock() - KEPT_US + keep_us
+        rows = [
+            {"claim": _claim("once", n), "request": b"", "state": "done", "status": 0, "created_at": at} for n in names
+        ]
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(_answer).where(_answer.c.created_at < self._clock() - KEPT_US))
+            try:
+                connection.execute(sa.insert(_answer), rows)
+            except IntegrityError:
+                connection.rollback()
+                return False
+        return True
+
     def finish(
         self,
         connection: Connection,
@@ -455,6 +474,10 @@ class ApprovalDamaged(Exception):
     """The row of an approval request was changed outside the service."""
 
 
+class CounterMoved(Exception):
+    """Another transaction began the counter of the same authenticator first."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredApproval:
     """A request that waits for approvals, and those it has: name -> signature (hex)."""
@@ -508,6 +531,39 @@ class ApprovalRows:
     def update(self, connection: Connection, changed: StoredApproval) -> None:
         """A request that the caller holds, in the same transaction."""
         connection.execute(sa.update(_approval).where(_approval.c.id == changed.id).values(self._values(changed)))
+
+    def counter(self, connection: Connection | None, name: str) -> int:
+        """How far an authenticator has counted, 0 at first; held for the transaction of the caller. ApprovalDamaged."""
+        chosen = sa.select(_setting.c.value).where(_setting.c.name == name)
+        if connection is None:
+            with self._engine.execution_options(reading=True).connect() as reading:
+                found = reading.execute(chosen).scalar()
+        else:
+            found = connection.execute(chosen.with_for_update()).scalar()
+        if found is None:
+            return 0
+        try:
+            region, count, mac = str(found).split(" ")
+            right = hmac.compare_digest(self._counter_mac(region, name, count), mac)
+        except ValueError:
+            right = False
+        if not right:
+            raise ApprovalDamaged(f"the counter {name} was changed outside the service")
+        return int(count)
+
+    def count(self, connection: Connection, name: str, value: int, *, before: int) -> None:
+        """How far it has counted now, in the transaction that read `before`; CounterMoved if another one came first."""
+        text = f"{self._region} {value} {self._counter_mac(self._region, name, str(value))}"
+        if before:  # its row is held
+            Settings.put(connection, name, text)
+            return
+        try:  # there was no row to hold, so whoever else counts first must be noticed
+            Settings.add(connection, name, text)
+        except IntegrityError:
+            raise CounterMoved(name) from None
+
+    def _counter_mac(self, region: str, name: str, count: str) -> str:
+        return hmac.digest(self._key(region), b"skms/row/counter/1\0" + f"{name} {count}".encode(), "sha256").hex()
 
     def _values(self, stored: StoredApproval) -> dict[str, Any]:
         values = dataclasses.asdict(stored) | {
@@ -563,7 +619,7 @@ class AppliedRows:
     _NAME: Final = "policy-applied"
 
     def __init__(self, engine: Engine, *, key: Callable[[str], bytes], region: str, mark: Path) -> None:
-        self._settings, self._key, self._region, self._mark = Settings(engine), key, region, mark
+        self._settings, self._key, self._region, self._mark = Settings(engine), key, region, Mark(mark)
 
     @classmethod
     def named(cls, engine: Engine) -> Applied | None:
@@ -579,24 +635,19 @@ class AppliedRows:
         if named < (marked := self._marked()):
             raise AppliedDamaged(
                 f"version {marked} was applied here, and the database names {named or 'none'}: restore the database, or "
-                f"remove {self._mark} if it was set back on purpose"
+                f"remove {self._mark.path} if it was set back on purpose"
             )
         return applied
 
     def remember(self, applied: Applied) -> None:
         """From now on an earlier version, or none, is AppliedDamaged on this node."""
-        if applied.version > self._marked():
-            new = self._mark.with_name(f"{self._mark.name}.{os.getpid()}")
-            new.write_text(f"{applied.version}\n")
-            new.replace(self._mark)
+        self._mark.rise(applied.version)
 
     def _marked(self) -> int:
         try:
-            return int(self._mark.read_text())
-        except FileNotFoundError:
-            return 0
-        except ValueError:
-            raise AppliedDamaged(f"{self._mark} holds no version") from None
+            return self._mark.value()
+        except MarkDamaged as damaged:
+            raise AppliedDamaged(str(damaged)) from None
 
     def put(self, connection: Connection, new: Applied, *, after: Applied | None) -> None:
         """The next one, in the transaction of the caller; AppliedMoved unless `after` is what stands there."""

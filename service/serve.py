@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
 from typing import Final
 
@@ -35,6 +36,20 @@ async def _leave_when_fenced(server: uvicorn.Server, fenced: asyncio.Event) -> N
     server.should_exit = True
 
 
+def _stop_on_signals(server: uvicorn.Server) -> None:
+    """Take signals before uvicorn does, and after.
+
+    Once it has drained it raises the signal again, for the handler that was there before. The default would end the process
+    then and there: without `stop` and `close` in the log, and with its leases held.
+    """
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
 async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: int | None) -> int:
     async with wire(config) as node:
         listen = config.listen
@@ -49,6 +64,7 @@ async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: in
         log.info("serving", extra={"facts": {"node": node.kms.node, "region": node.kms.region, "port": listen.port}})
         telling = None if ready_fd is None else asyncio.create_task(_tell(server, ready_fd))
         leaving = asyncio.create_task(_leave_when_fenced(server, node.kms.log.fenced))
+        _stop_on_signals(server)
         await server.serve(sockets)
         leaving.cancel()
         if telling is not None:

@@ -18,7 +18,7 @@ from cryptography import x509
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.requests import uuid7
+from service.ids import uuid7
 
 MAX_HEAD: Final = 32_768
 MAX_HEADERS: Final = 100

@@ -48,9 +48,11 @@ from keystore import (
     proof_of,
 )
 from keystore.pkcs11 import TokenConfig, open_token, total_calls
-from policy import BundleRefused, Freezes, Policy
+from policy import BundleRefused, Freezes, Policy, Registry
 from policy.bundle import files_in
-from policy.rows import FreezeRows, FreezeRowsDamaged
+from policy.exceptions import Exceptions, Waiver
+from policy.grants import Grant, Grants
+from policy.rows import EXCEPTION, GRANT, FreezeRows, FreezeRowsDamaged, GrantUses, SignedRows
 from policy.signatures import Signer
 from service.app import create_app
 from service.approvals import Approver, GroupRule, load_approver
@@ -62,16 +64,22 @@ from service.containment import Containment
 from service.database import close_engine, migrate, open_engine, ping
 from service.decisions import BundleLost, Bundles, Decisions
 from service.drills import Drills
+from service.exceptions import Excepting
+from service.following import Followed, Following
+from service.grants import Granting
 from service.health import Health
 from service.hsmcalls import THREADS, HsmCalls
 from service.identity import Authenticator
 from service.identity.api_token import ApiTokenProvider
+from service.identity.hops import Ways
 from service.identity.mtls import MtlsProvider
 from service.identity.oidc import OidcProvider
 from service.jobs import Forwarding, Scheduler, archive_old, index, notarise
 from service.keyfiles import KeyFileRefused, public_key
+from service.keygraph import GraphWatch
 from service.keyrequests import KeyRequests
 from service.kms import POLICY_SETTING, Kms, facts_of
+from service.mark import Mark
 from service.policychanges import PolicyChanges
 from service.protocols.native import Limits, Native
 from service.quorum import Quorum, Rule
@@ -88,7 +96,10 @@ from service.rows import (
     Settings,
 )
 from service.shadow import Shadow
+from service.sovereignty import Sovereignty, follow
+from service.timekeeping import Timekeeper
 from service.timestamps import Timestamps
+from service.webauthn import Credential, decoded
 from service.witnesses import Witnesses, checked, post_quantum_of, pusher_of, witness_of
 
 log: Final = logging.getLogger("skms.wiring")
@@ -265,8 +276,13 @@ def observations_of(config: Config) -> Observations:
 
 def serving_tokens(config: Config) -> list[TokenConfig]:
     """The tokens that a node serves from: all but those that are stored away as backups."""
-    stored_away = {h.name for h in config.hsm if h.backup}
-    return [token for token in token_configs(config) if token.name not in stored_away]
+    away = stored_away(config)
+    return [token for token in token_configs(config) if token.name not in away]
+
+
+def stored_away(config: Config) -> dict[str, str]:
+    """The tokens that hold a root KEK as a backup, by name, and its region."""
+    return {h.name: h.region for h in config.hsm if h.backup}
 
 
 def groups_of(config: Config, catalog: Catalog) -> dict[str, HsmGroup]:
@@ -324,7 +340,7 @@ async def audit_keys(config: Config, engine: Engine) -> tuple[bytes, ...]:
 def signers_of(config: Config) -> list[Signer]:
     """Who signs the bundle's directory; BundleRefused if a key cannot be read."""
     try:
-        return [Signer(one.part, public_key(one.public_key)) for one in config.policy.signer]
+        return [Signer(one.part, public_key(one.public_key, one.algorithm)) for one in config.policy.signer]
     except KeyFileRefused as error:
         raise BundleRefused("signatures", 0, f"[[policy.signer]]: {error}") from None
 
@@ -417,6 +433,9 @@ async def kms_of(
         fleet=fleet,
         clock=clock,
         shadow=shadow,
+        exceptions=Exceptions(boot_clock, time_of := Timekeeper(clock, boot_clock, recorded=lambda: log.newest)),
+        grants=Grants(boot_clock, time_of),
+        grant_uses=GrantUses(engine, key=row_keys(fleet), region=config.node.region),
         freezes=Freezes(serving=functools.partial(serving, fleet), monotonic=boot_clock),
         decisions=Decisions(
             search,
@@ -428,6 +447,7 @@ async def kms_of(
             {h.name: h.supplier or None for h in config.hsm},
             regions=fleet.groups,
             serving=functools.partial(serving, fleet),
+            backups=stored_away(config),
         ),
         witness=witness_of(
             config.witness,
@@ -471,28 +491,38 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         owner = f"{config.node.name}/{uuid.uuid4()}"
         lease, operations = Lease(engine, clock=clock), Operations(engine, clock=clock)
         containment = await stack.enter_async_context(obeying(config, kms, engine, owner=owner, clock=clock))
+        granting, excepting = await stack.enter_async_context(allowing(config, kms, engine, containment.quorum))
         changes = PolicyChanges(kms, Settings(engine), quorum=containment.quorum, clock=clock)
         drills = Drills(kms, operations, lease, owner=owner, clock=clock)
         observer = Observer(kms, operations, node=config.node.name, version=version())
+        idempotency = Idempotency(engine, clock=clock)
+        freezes = FreezeRows(engine, key=row_keys(fleet), region=config.node.region, clock=now)
+        figures = Sovereignty(kms, operations, freezes, clock=clock)
+        observer.watch_sovereignty(figures)
         native = Native(
             kms,
             identity,
+            ways=ways_of(config, kms, idempotency, clock),
             drills=drills,
             containment=containment,
             requests=KeyRequests(kms, containment.quorum),
+            granting=granting,
+            excepting=excepting,
             policy_changes=changes,
-            idempotency=Idempotency(engine, clock=clock),
+            sovereignty=figures,
+            idempotency=idempotency,
             health=health,
             observer=observer,
             limits=Limits(config.limits.body, config.limits.batch_body),
             clock=clock,
         )
-        scheduler = Scheduler(kms, lease, owner=owner, clock=clock)
+        graph = GraphWatch(kms, Settings(engine), containment, clock=clock)
+        scheduler = Scheduler(kms, lease, owner=owner, clock=clock, nightly=graph.due)
         start_sinks(config, engine, kms, observer, stack)
         watched = health.watch(), poll(kms, Settings(engine)), containment.run(), tell_refusals(kms)
         of_audit = audit_jobs(config, engine, fleet, kms.log, guard, index_key, owner=owner)
         witnessed = watch_witnesses(config, engine, kms.log, observer, owner=owner)
-        for job in (scheduler.run(), drills.run(), *watched, *of_audit, *witnessed):
+        for job in (scheduler.run(), drills.run(), follow(figures), *watched, *of_audit, *witnessed):
             task = asyncio.create_task(job)
             stack.callback(task.cancel)
         yield Node(create_app({"": native}), kms, health, scheduler, catalog)
@@ -511,7 +541,17 @@ def serving(fleet: Fleet, region: str) -> frozenset[str]:
 def approvers_of(section: ApprovalsSection) -> tuple[Approver, ...]:
     """The approvers of a configuration; ApprovalRefused if a key cannot be read."""
     return tuple(
-        load_approver(a.name, a.public_key, identities=a.identities, tenants=a.tenants, groups=a.groups)
+        load_approver(
+            a.name,
+            a.public_key,
+            algorithm=a.algorithm,
+            identities=a.identities,
+            tenants=a.tenants,
+            groups=a.groups,
+            credential=None
+            if a.webauthn is None
+            else Credential(decoded(a.webauthn.credential), a.webauthn.rp, a.webauthn.origins),
+        )
         for a in section.approver
     )
 
@@ -540,12 +580,33 @@ async def obeying(
     key = row_keys(kms.fleet)
     rows = FreezeRows(engine, key=key, region=config.node.region, clock=now)
     quorum = quorum_of(config, kms, engine, key, clock=clock)
-    containment = Containment(kms, rows, quorum=quorum, worker=owner, clock=now, monotonic=boot_clock)
+    mark = Mark(config.node.state_dir / "freeze-epoch")
+    containment = Containment(kms, rows, quorum=quorum, worker=owner, clock=now, monotonic=boot_clock, mark=mark)
     await containment.begin()
     try:
         yield containment
     finally:
         containment.end()
+
+
+@contextlib.asynccontextmanager
+async def allowing(
+    config: Config, kms: Kms, engine: Engine, quorum: Quorum
+) -> AsyncIterator[tuple[Granting, Excepting]]:
+    """This worker knows the stored grants and exceptions until the block is left."""
+    key, node = row_keys(kms.fleet), config.node
+    grants, exceptions = [
+        SignedRows(engine, kind, key=key, region=node.region, mark=Mark(node.state_dir / f"{kind}-epoch"))
+        for kind in (GRANT, EXCEPTION)
+    ]
+    followed = [Followed(grants, Grant.of, kms.grants), Followed(exceptions, Waiver.of, kms.exceptions)]
+    following = Following(followed, monotonic=boot_clock)
+    await following.begin()
+    granting = Granting(kms, grants, GrantUses(engine, key=key, region=node.region), following)
+    try:
+        yield granting, Excepting(kms, exceptions, quorum, following)
+    finally:
+        following.end()
 
 
 def row_keys(fleet: Fleet) -> Callable[[str], bytes]:
@@ -631,6 +692,24 @@ def identity_of(config: Config, kms: Kms, clock: Callable[[], int]) -> Authentic
         ApiTokenProvider(kms.tokens),
         OidcProvider(config.oidc, clock=seconds),
         MtlsProvider(lambda: kms.policy.registry, config.trust, clock=seconds),
+    )
+
+
+def ways_of(config: Config, kms: Kms, idempotency: Idempotency, clock: Callable[[], int]) -> Ways:
+    """What proves through which forwarders a request came."""
+
+    def seconds() -> float:
+        return clock() / 1e6
+
+    def registry() -> Registry:
+        return kms.policy.registry
+
+    return Ways(
+        registry,
+        MtlsProvider(registry, config.trust, clock=seconds).peer,
+        once=lambda names, keep_us: idempotency.once(names, keep_us=keep_us),
+        audience=str(config.node.installation),
+        clock=seconds,
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sqlite3
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from msgspec import structs
 
-from harness import Files, Lab, Served, lab_of, prepared, served
+from databases import address, behind
+from harness import Files, Lab, Served, lab_of, prepared, served, until
+from policy.freeze import LEASES
 from postgres import Cluster, cluster
 
 # How quickly a busy machine makes examples says nothing about what is tested.
@@ -35,15 +36,23 @@ def dev_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     from service.dev import prepare
 
     directory = tmp_path_factory.mktemp("dev") / "node"
-    prepare(directory, regions=("eu-de-1", "eu-de-2"), port=0)
+    prepare(directory, regions=("eu-de-1", "eu-de-2"), port=0, database=address(directory))
     return prepared(directory)
 
 
 @pytest.fixture(scope="session")
-async def lab(dev_files: Files) -> AsyncIterator[Lab]:
+async def running(dev_files: Files) -> AsyncIterator[Lab]:
     """The node, wired in this process."""
     async with lab_of(dev_files) as made:
         yield made
+
+
+@pytest.fixture
+async def lab(running: Lab) -> Lab:
+    """The node once it knows what is frozen: tests without an event loop keep it from saying that it lives."""
+    freezes = running.node.kms.freezes
+    await until(lambda: freezes.age_s is not None and freezes.age_s < min(LEASES.values()), "freezes are not read")
+    return running
 
 
 @pytest.fixture
@@ -64,20 +73,19 @@ def pkcs11_calls(lab: Lab) -> Callable[[], int]:
 class Database:
     """Changes behind the service's back, as a database owner would make them."""
 
-    def __init__(self, path: Path, lab: Lab) -> None:
-        self.path, self._lab = path, lab
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
 
     def forge_key_row(self, key: str) -> None:
         """Lower a key's tier without its row MAC, and let the service see it."""
-        with sqlite3.connect(self.path, timeout=10) as db:
-            db.execute("UPDATE keystore_key SET tier = 3 WHERE key_id = ?", (key,))
-            db.execute("UPDATE keystore_epoch SET epoch = epoch + 1")
+        lowered = f"UPDATE keystore_key SET tier = 3 WHERE key_id = '{uuid.UUID(key)}'"
+        behind(self._lab.files.config.database.url, lowered, "UPDATE keystore_epoch SET epoch = epoch + 1")
         self._lab.node.kms.keystore.poll()
 
 
 @pytest.fixture
 def database(lab: Lab) -> Database:
-    return Database(Path(lab.files.config.database.url.removeprefix("sqlite:///")), lab)
+    return Database(lab)
 
 
 @pytest.fixture(scope="session")

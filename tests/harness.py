@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from msgspec import structs
 
+from databases import address
 from service.config import Config, load
 from service.wiring import Node, now, wire
 
@@ -119,15 +120,27 @@ class Lab:
         return made
 
 
+PATIENT_S = 60.0  # for a commit: the answer in two seconds is what tests of a log that hangs are about, and ask for
+
+
 @contextlib.asynccontextmanager
-async def lab_of(files: Files) -> AsyncIterator[Lab]:
-    """Wire the node in this process for the block."""
+async def lab_of(files: Files, *, deadline_s: float = PATIENT_S) -> AsyncIterator[Lab]:
+    """Wire the node in this process for the block; `deadline_s` is how long a record may take to become durable."""
     clock = Shifted()
-    async with wire(files.config, clock=clock) as node:
+    audit = structs.replace(files.config.audit, deadline_s=deadline_s)
+    async with wire(structs.replace(files.config, audit=audit), clock=clock) as node:
         yield Lab(node, files, clock)
 
 
-async def shows(client: httpx.AsyncClient, key: str, seconds: float = 30, **wanted: object) -> dict[str, Any]:
+async def until(true: Callable[[], object], said: str, *, seconds: float = 60) -> None:
+    """Wait until something is so; the limit is for what never comes, not for a busy machine."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, said
+        await asyncio.sleep(0.02)
+
+
+async def shows(client: httpx.AsyncClient, key: str, seconds: float = 60, **wanted: object) -> dict[str, Any]:
     """The key once it shows these fields: what the scheduler is to do takes a round of its own, or of the node's."""
     until = time.monotonic() + seconds
     while True:
@@ -173,12 +186,13 @@ def skms(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-m", "service.cli.main", *arguments], capture_output=True, **options)
 
 
-def start(directory: Path, *arguments: str, timeout: float = 60.0, log: Path | None = None) -> Served:
+def start(directory: Path, *arguments: str, timeout: float = 180.0, log: Path | None = None) -> Served:
     """Start `skms dev up` and wait until it is ready."""
     written = log or directory.with_suffix(".log")
+    command = [sys.executable, "-m", "service.cli.main", "dev", "up", "--dir", str(directory), "--port", "0"]
     with written.open("ab") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli.main", "dev", "up", "--dir", str(directory), "--port", "0", *arguments],
+            [*command, "--database", address(directory), *arguments],
             stdout=sink,
             stderr=sink,
             cwd=ROOT,
@@ -201,10 +215,10 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
+            process.wait(30)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(5)
+    process.wait(30)
 
 
 @contextlib.contextmanager
@@ -248,7 +262,7 @@ def with_database(files: Files, directory: Path, **changed: Any) -> Files:
         shutil.copytree(files.config.policy.bundle, directory / "policy")
     config = structs.replace(
         files.config,
-        database=structs.replace(files.config.database, url=f"sqlite:///{directory}/skms.db"),
+        database=structs.replace(files.config.database, url=address(directory)),
         node=structs.replace(files.config.node, state_dir=directory),
         policy=structs.replace(files.config.policy, bundle=directory / "policy"),
         **changed,

@@ -59,9 +59,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(*, fsync: bool = True, settings: str = "") -> Iterator[Cluster]:
+def cluster(*, fsync: bool = True, settings: str = "", parent: Path = Path("/tmp")) -> Iterator[Cluster]:
     """A cluster that is gone afterwards. `settings` are further lines of postgresql.conf."""
-    directory = Path(tempfile.mkdtemp(prefix="skms-pg-", dir="/tmp"))  # short: a socket's path has 107 bytes
+    directory = Path(tempfile.mkdtemp(prefix="skms-pg-", dir=parent))  # short: a socket's path has 107 bytes
     user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
     if user is not None:
         shutil.chown(directory, user)

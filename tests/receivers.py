@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from audit.forward import Group, Refused, Target, Undelivered
+from service.dev import free_port
 from service.devpki import Authority
 
 Taken = tuple[str, int, str, bytes]
@@ -227,7 +228,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def http_receiver(pki: Pki, *, otlp: bool = False, mutual: bool = False) -> Iterator[tuple[Held, Target]]:
+def http_receiver(
+    pki: Pki, *, otlp: bool = False, mutual: bool = False, timeout_s: float = 30.0
+) -> Iterator[tuple[Held, Target]]:
     """An HTTPS server that takes NDJSON, or OTLP."""
     held = Held()
     parse = staticmethod(parse_otlp if otlp else parse_ndjson)
@@ -240,7 +243,7 @@ def http_receiver(pki: Pki, *, otlp: bool = False, mutual: bool = False) -> Iter
     thread.start()
     path = "/v1/logs" if otlp else "/skms"
     try:
-        yield held, Target(f"https://127.0.0.1:{server.server_address[1]}{path}", ca=pki.ca, timeout_s=0.5)
+        yield held, Target(f"https://127.0.0.1:{server.server_address[1]}{path}", ca=pki.ca, timeout_s=timeout_s)
     finally:
         held.released.set()
         server.shutdown()
@@ -277,7 +280,7 @@ def of_structured_data(text: str, entry: bytes) -> Taken:
 
 
 @contextlib.contextmanager
-def syslog_receiver(pki: Pki | None) -> Iterator[tuple[Held, Target]]:
+def syslog_receiver(pki: Pki | None, *, timeout_s: float = 30.0) -> Iterator[tuple[Held, Target]]:
     """A server of octet-counted syslog over TLS, or TCP without a PKI. `away` closes connections; `hanging` reads none."""
     held, listening, open_now = Held(), socket.create_server(("127.0.0.1", 0)), set[socket.socket]()
     context = None if pki is None else pki.server()
@@ -294,7 +297,7 @@ def syslog_receiver(pki: Pki | None) -> Iterator[tuple[Held, Target]]:
         with contextlib.suppress(OSError, ValueError), plain:
             if held.away:
                 return
-            plain.settimeout(10)
+            plain.settimeout(60)
             connection = plain if context is None else context.wrap_socket(plain, server_side=True)
             with connection, connection.makefile("rb") as stream:
                 open_now.add(connection)
@@ -309,7 +312,7 @@ def syslog_receiver(pki: Pki | None) -> Iterator[tuple[Held, Target]]:
     scheme = "tcp" if pki is None else "tls"
     ca = None if pki is None else pki.ca
     try:
-        yield held, Target(f"{scheme}://127.0.0.1:{listening.getsockname()[1]}", ca=ca, timeout_s=0.5)
+        yield held, Target(f"{scheme}://127.0.0.1:{listening.getsockname()[1]}", ca=ca, timeout_s=timeout_s)
     finally:
         held.released.set()
         listening.close()
@@ -324,8 +327,7 @@ RSYSLOGD = Path("/usr/sbin/rsyslogd")
 @contextlib.contextmanager
 def rsyslog(directory: Path, pki: Pki) -> Iterator[tuple[Path, Target]]:
     """A real rsyslogd with TLS; the file has what it parsed, one message a line."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     out, config = directory / "messages", directory / "rsyslog.conf"
     config.write_text(
         f"""global(maxMessageSize="128k" workDirectory="{directory}" defaultNetstreamDriver="gtls"
@@ -341,14 +343,14 @@ action(type="omfile" file="{out}" template="parsed")
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 10):
                 break
             assert process.poll() is None, (directory / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        yield out, Target(f"tls://127.0.0.1:{port}", ca=pki.ca, timeout_s=5)
+        yield out, Target(f"tls://127.0.0.1:{port}", ca=pki.ca, timeout_s=30)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)

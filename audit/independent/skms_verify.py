@@ -401,6 +401,7 @@ ASKED: Final = {
     "facts": HEX32,
     "frz": UINT,
     "grant": CODE,
+    "hops": _list("[A-Za-z0-9._:-]{1,64}", 16),
     "hsm": CODE,
     "in_len": UINT,
     "intent": _quoted(f"(?P<intent>{UUID})"),
@@ -409,6 +410,7 @@ ASKED: Final = {
     "kv": UINT,
     "kver": UINT,
     "op": '"(?P<op>[a-z][a-z0-9_]{0,63})"',
+    "orig": _list("[a-z0-9][a-z0-9._-]{0,62}", 64),
     "out": '"(?P<out>ok|denied|failed|error)"',
     "out_len": UINT,
     "pol": HEX32,
@@ -423,6 +425,7 @@ ASKED: Final = {
     "tier": UINT,
     "trace": HEX32,
     "us": UINT,
+    "via": _list("[a-z0-9][a-z0-9._-]{0,62}", 64),
     "why": '"(?P<why>[A-Za-z0-9._:-]{1,64})"',
     "x": HEX,
 }

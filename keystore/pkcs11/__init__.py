@@ -1,6 +1,7 @@
 """HSMs by PKCS#11: binding, sessions and recovery, templates, self-test, vendor profiles."""
 
 from keystore.pkcs11.binding import total_calls
+from keystore.pkcs11.card import CardKey, CardRefused, sign_on_card
 from keystore.pkcs11.ceremony import CeremonyReport, held, initialise
 from keystore.pkcs11.officer import CeremonyRefused
 from keystore.pkcs11.probe import ProbeReport, probe
@@ -13,6 +14,8 @@ from keystore.pkcs11.vendors import VENDORS, ProfileInvalid, Vendor
 
 __all__ = [
     "VENDORS",
+    "CardKey",
+    "CardRefused",
     "CeremonyRefused",
     "CeremonyReport",
     "JoinReport",
@@ -33,6 +36,7 @@ __all__ = [
     "open_token",
     "probe",
     "rewrapper",
+    "sign_on_card",
     "total_calls",
     "verify_transcript",
 ]

@@ -35,7 +35,7 @@ UL, PTR = C.c_ulong, C.c_void_p
 CKF_OS_LOCKING_OK: Final = 2
 CKF_RW_SESSION: Final = 2
 CKF_SERIAL_SESSION: Final = 4
-CKU_SO, CKU_USER = 0, 1
+CKU_SO, CKU_USER, CKU_CONTEXT_SPECIFIC = 0, 1, 2
 USER_STATES: Final = (1, 3)  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 
 # Position in CK_FUNCTION_LIST (PKCS#11 2.40, 5.4 and following) and number of arguments of the functions in use.
@@ -359,11 +359,17 @@ class Session:
     module: Module
     handle: int
 
-    def login(self, pin: bytes, user_type: int = CKU_USER) -> None:
-        """C_Login, as the user unless the vendor has a type of its own; already logged in is success."""
-        buffer = C.create_string_buffer(pin, len(pin))
-        rv = self.module.quietly("Login", self.handle, user_type, C.addressof(buffer), len(pin))
-        C.memset(C.addressof(buffer), 0, len(pin))
+    def login(self, pin: bytes | None, user_type: int = CKU_USER) -> None:
+        """C_Login, as the user unless the vendor has a type of its own; already logged in is success.
+
+        Without a PIN the token asks for it at its own keypad.
+        """
+        if pin is None:
+            rv = self.module.quietly("Login", self.handle, user_type, None, 0)
+        else:
+            buffer = C.create_string_buffer(pin, len(pin))
+            rv = self.module.quietly("Login", self.handle, user_type, C.addressof(buffer), len(pin))
+            C.memset(C.addressof(buffer), 0, len(pin))
         if rv not in (0, 0x100):
             raise CkError(rv, "C_Login")
 
@@ -426,8 +432,18 @@ class Session:
             raise CkError(0x5, f"C_{name} (a length beyond the buffer)")
         return buffer.raw[: length.value]
 
-    def _operation(self, name: str, key: int, how: _Triple, data: bytes, size: int) -> bytes:
+    def _operation(
+        self,
+        name: str,
+        key: int,
+        how: _Triple,
+        data: bytes,
+        size: int,
+        again: Callable[[], None] | None = None,
+    ) -> bytes:
         self.module.call(name + "Init", self.handle, C.addressof(how), key)
+        if again is not None:
+            again()
         given = C.create_string_buffer(data, max(1, len(data)))
         return self._out(name, size, C.addressof(given), len(data))
 
@@ -437,8 +453,11 @@ class Session:
     def decrypt(self, key: int, how: _Triple, data: bytes) -> bytes:
         return self._operation("Decrypt", key, how, data, len(data) + 64)
 
-    def sign(self, key: int, how: _Triple, data: bytes, size: int = 1_024) -> bytes:
-        return self._operation("Sign", key, how, data, size)
+    def sign(
+        self, key: int, how: _Triple, data: bytes, size: int = 1_024, *, again: Callable[[], None] | None = None
+    ) -> bytes:
+        """`again` logs in once more, for a key that wants it for each signature (CKA_ALWAYS_AUTHENTICATE)."""
+        return self._operation("Sign", key, how, data, size, again)
 
     def _new(self, name: str, *arguments: Any) -> int:
         handle = UL()

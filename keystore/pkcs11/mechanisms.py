@@ -33,7 +33,7 @@ class A:
     VALUE_LEN, EXTRACTABLE, MODIFIABLE = 0x161, 0x162, 0x170
     EC_PARAMS, EC_POINT = 0x180, 0x181
     TRUSTED, WRAP_WITH_TRUSTED = 0x86, 0x210
-    UNWRAP_TEMPLATE = 0x40000212
+    ALWAYS_AUTHENTICATE, UNWRAP_TEMPLATE = 0x202, 0x40000212
 
 
 class CKO:
@@ -75,6 +75,7 @@ _P256: Final = bytes.fromhex("06082a8648ce3d030107")
 _P384: Final = bytes.fromhex("06052b81040022")
 _ED25519_OID: Final = bytes.fromhex("06032b6570")
 _ED25519_STRING: Final = b"\x13\x0cedwards25519"
+ED25519_PARAMS: Final = (_ED25519_OID, _ED25519_STRING)  # CKA_EC_PARAMS: modules spell the curve in two ways
 
 _NO_USE: Final[Mapping[int, Any]] = {
     A.ENCRYPT: False,

@@ -27,6 +27,7 @@ EXIT: Final[Mapping[str, int]] = {
     "version_fenced": DENIED,
     "approval_required": WAITING,
     "approval_refused": DENIED,
+    "authenticator_cloned": DENIED,
     "not_found": NOT_FOUND,
     "key_destroyed": NOT_FOUND,
     "key_state_invalid": CONFLICT,
@@ -80,6 +81,7 @@ WHAT_TO_DO: Final[Mapping[str, str]] = {
     "policy_stale": "look at `skms policy show`, bring the draft up to date with a higher version, and plan it anew",
     "policy_by_quorum": "`skms policy apply DIR` asks the approvers; `skms policy rollback` asks them for the one before",
     "approval_refused": "the request is as it was: `skms approval show` tells who counts, [[approvals.approver]] who may approve",
+    "authenticator_cloned": "find out where the approver's authenticator is; `skms approval sign` makes a newer assertion",
     "approval_closed": "`skms approval show` tells its state: if it is not executed, ask anew",
     "tier_not_met": "meet each missing condition, or choose another tier; `skms compliance` lists keys below theirs",
 }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -16,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from service.cli import filecrypt
+from service.cli import filecrypt, sovereignty
 from service.cli.client import (
     CONFLICT,
     DENIED,
@@ -67,6 +69,8 @@ app = typer.Typer(
     "6 waiting for approval, 7 temporary, 8 verification failed.",
 )
 key_app, alias_app, hsm_app, drill_app = group("Keys"), group("Aliases"), group("HSMs"), group("Drills")
+sovereignty_app = group("Figures of sovereignty")
+exception_app = group("Exceptions: where callers and plaintexts may be, for a time")
 freeze_app, approval_app = group("Freezes: stop at once, lift by a quorum"), group("Requests for approval")
 policy_app, token_app, audit_app = group("Policy"), group("API tokens"), group("Audit log")
 tenant_app, region_app, envelope_app = group("Tenants"), group("Regions"), group("Ciphertexts, offline")
@@ -79,6 +83,8 @@ for name, sub in {
     "hsm": hsm_app,
     "drill": drill_app,
     "freeze": freeze_app,
+    "exception": exception_app,
+    "sovereignty": sovereignty_app,
     "approval": approval_app,
     "policy": policy_app,
     "transfers": transfers_app,
@@ -281,7 +287,7 @@ def key_update(
     min_decrypt_version: Annotated[str, typer.Option(help="number, latest or latest-N")] = "",
     min_encrypt_version: Annotated[str, typer.Option(help="number, latest or latest-N")] = "",
 ) -> None:
-    """Change description, tags, rotation or fences."""
+    """Change description, tags or rotation, or raise fences (`skms key set-policy` lowers them)."""
     body: dict[str, Any] = {}
     if description is not None:
         body["description"] = description
@@ -409,11 +415,14 @@ def key_set_policy(
     egress: Annotated[list[str], typer.Option()] = [],
     failover: Annotated[list[str], typer.Option()] = [],
     purpose: Annotated[list[str], typer.Option()] = [],
+    min_decrypt_version: Annotated[int, typer.Option(help="the oldest version that opens; it may be lowered")] = 0,
+    min_encrypt_version: Annotated[int, typer.Option(help="the oldest version that protects")] = 0,
     reason: Annotated[str, typer.Option(help="a reason code, for the record and those who approve")] = "",
 ) -> None:
-    """Ask for another tier, other places or purposes of a key; exit status 6: done once a quorum has signed."""
+    """Ask for another tier, other places, purposes or fences of a key; exit status 6: done once a quorum has signed."""
     wanted: dict[str, Any] = {"tier": tier, "residency": residency, "execution": execution, "reach": reach}
     wanted |= {"egress": egress, "failover": failover, "purposes": purpose}
+    wanted |= {"min_decrypt_version": min_decrypt_version, "min_encrypt_version": min_encrypt_version}
     body = {name: value for name, value in wanted.items() if value}
     if not body:
         raise Failed(USAGE, "name at least one of --tier, --residency, --execution, --reach, --egress, --purpose, ...")
@@ -425,6 +434,41 @@ def _ask(path: str, key: str, body: dict[str, Any] | None) -> None:
     show(options.client().change("POST", path, key, body, idempotent=True))
     if not options.dry_run:
         raise typer.Exit(WAITING)
+
+
+@key_app.command("grant")
+def key_grant(
+    key: Key,
+    to: Annotated[str, typer.Option(help="a workload of the tenant, by the id that `skms whoami` shows it")],
+    operation: Annotated[list[str], typer.Option(help="an action of policies, such as decrypt; may be repeated")],
+    expires_at: Annotated[str, typer.Option(help="when it ends: RFC 3339, at most 365 days from now")],
+    purpose: Annotated[str, typer.Option(help="one of the key's; left out: its only one")] = "",
+    context_equals: Annotated[list[str], typer.Option(help="NAME=VALUE of the exact encryption context")] = [],
+    context_subset: Annotated[list[str], typer.Option(help="NAME=VALUE that the encryption context must hold")] = [],
+    max_uses: Annotated[int, typer.Option(min=0, help="0: as often as wanted")] = 0,
+    reason: Annotated[str, typer.Option(help="a reason code, for the record")] = "",
+) -> None:
+    """Let a workload use a key until an end, as far as nothing forbids it."""
+    body: dict[str, Any] = {"grantee": to, "operations": operation, "expires_at": expires_at}
+    body |= {"purpose": purpose} if purpose else {}
+    body |= {"context_equals": pairs(context_equals)} if context_equals else {}
+    body |= {"context_subset": pairs(context_subset)} if context_subset else {}
+    body |= {"max_uses": max_uses} if max_uses else {}
+    body |= {"reason": {"code": reason}} if reason else {}
+    show(options.client().post(f"/v1/keys/{key}/grants", body, idempotent=True))
+
+
+@key_app.command("grants")
+def key_grants(key: Key) -> None:
+    """Grants of a key, newest first."""
+    found = options.client().get(f"/v1/keys/{key}/grants")["items"]
+    show_list(found, "id", "grantee", "operations", "state", "expires_at", "max_uses", "granter")
+
+
+@key_app.command("revoke-grant")
+def key_revoke_grant(key: Key, grant: Annotated[str, typer.Argument(help="its id")]) -> None:
+    """Take a grant back: it counts nowhere a second later."""
+    options.client().call("DELETE", f"/v1/keys/{key}/grants/{grant}")
 
 
 @key_app.command("versions")
@@ -760,14 +804,20 @@ def freeze_start(
     tier: Annotated[str, typer.Option(help="keys of a tier")] = "",
     caller: Annotated[str, typer.Option(help="whatever this caller asks, by the id that `skms whoami` shows")] = "",
     hsm: Annotated[str, typer.Option(help="whatever this HSM may be asked for")] = "",
+    mode: Annotated[
+        str, typer.Option(help="halt stops everything, no-release what gives data out, admin-only every use")
+    ] = "halt",
+    began: Annotated[
+        str, typer.Option(help="when the incident began, RFC 3339: the report counts the time to detect")
+    ] = "",
 ) -> None:
-    """Stop every operation in one scope, on every worker and node; exit status 7 if a worker may still serve."""
+    """Stop operations in one scope, on every worker and node; exit status 7 if a worker may still serve."""
     named = {"key": key, "tag": tag, "tenant": tenant, "region": region, "tier": tier, "caller": caller, "hsm": hsm}
     chosen = [{"kind": kind, "value": value} for kind, value in named.items() if value]
     chosen += [{"kind": "everything"}] if everything else []
     if len(chosen) != 1:
         raise Failed(USAGE, "name exactly one scope: --everything, --key, --tag, --tenant, --region, --tier, ...")
-    body = {"scope": chosen[0], "reason": {"code": reason}}
+    body = {"scope": chosen[0], "reason": {"code": reason}, "mode": mode, **({"began": began} if began else {})}
     found = options.client().post("/v1/freezes", body, idempotent=True)
     show(found)
     if "contained_at" in found and found["contained_at"] is None:
@@ -806,6 +856,47 @@ def freeze_lift(freeze: Annotated[str, typer.Argument(help="its id")]) -> None:
         raise typer.Exit(WAITING)
 
 
+@exception_app.command("ask")
+def exception_ask(
+    key: Annotated[list[str], typer.Option(help="by id or alias/NAME; may be repeated")],
+    kind: Annotated[str, typer.Option(help="reach: where callers may be; egress: where plaintexts may go")],
+    place: Annotated[list[str], typer.Option(help="a region, jurisdiction or group of the charter; may be repeated")],
+    purpose: Annotated[str, typer.Option(help="a purpose of each of the keys")],
+    legal_basis: Annotated[str, typer.Option(help="one of the charter's legal_bases")],
+    legal_ref: Annotated[str, typer.Option(help="where that stands")],
+    not_after: Annotated[str, typer.Option(help="when it ends: RFC 3339; 30 days on tier 2, 90 on tier 3")],
+    not_before: Annotated[str, typer.Option(help="when it begins; left out: at once")] = "",
+    reason: Annotated[str, typer.Option(help="a reason code, for the record")] = "",
+) -> None:
+    """Ask for an exception; exit status 6: it counts once two have signed, a data-protection officer among them."""
+    body: dict[str, Any] = {"keys": key, "kind": kind, "places": place, "purpose": purpose, "not_after": not_after}
+    body |= {"legal_basis": legal_basis, "legal_ref": legal_ref}
+    body |= {"not_before": not_before} if not_before else {}
+    body |= {"reason": {"code": reason}} if reason else {}
+    show(options.client().post("/v1/exceptions", body, idempotent=True))
+    if not options.dry_run:
+        raise typer.Exit(WAITING)
+
+
+@exception_app.command("list")
+def exception_list() -> None:
+    """Exceptions, newest first."""
+    found = options.client().get("/v1/exceptions")["items"]
+    show_list(found, "id", "kind", "keys", "places", "purpose", "tier", "state", "not_before", "not_after")
+
+
+@exception_app.command("show")
+def exception_show(exception: Annotated[str, typer.Argument(help="its id")]) -> None:
+    """An exception: what was signed, and by whom."""
+    show(options.client().get(f"/v1/exceptions/{exception}"))
+
+
+@exception_app.command("revoke")
+def exception_revoke(exception: Annotated[str, typer.Argument(help="its id")]) -> None:
+    """Take an exception back: it counts nowhere a second later."""
+    options.client().call("DELETE", f"/v1/exceptions/{exception}")
+
+
 @app.command()
 def compliance() -> None:
     """Keys that do not meet their tier, what is missing and since when; exit status 8 if there is one."""
@@ -823,6 +914,42 @@ def compliance() -> None:
         show_list(rows, "key_id", "tenant", "tier", "state", "what", "since", "evidence")
     if found["items"]:
         raise typer.Exit(FAILED_CHECK)
+
+
+@sovereignty_app.command("report")
+def sovereignty_report(
+    html: Annotated[Path | None, typer.Option("--html", help="write the report as one HTML file, too")] = None,
+) -> None:
+    """Systems under sovereign control, time to exit, supplier diversity, time to contain; each with what to count again."""
+    found = options.client().get("/v1/sovereignty/metrics")
+    if html is not None:
+        html.write_text(sovereignty.page(found))
+    if options.output == "json":
+        show(found)
+    else:
+        rows = [{"figure": name, "value": value, "query": query} for name, value, query in sovereignty.lines(found)]
+        show_list(rows, "figure", "value", "query")
+
+
+PersonKey = Annotated[Path | None, typer.Option("--key", help="the signer's Ed25519 key (PEM)")]
+PasswordFile = Annotated[Path | None, typer.Option("--password-file", help="password of the key")]
+CardModule = Annotated[Path | None, typer.Option("--pkcs11-module", help="instead of --key: the card's PKCS#11 module")]
+CardToken = Annotated[str, typer.Option("--token-label", help="the card, as the module names it")]
+CardLabel = Annotated[str, typer.Option("--key-label", help="the key on it: Ed25519 or P-256")]
+CardPin = Annotated[Path | None, typer.Option("--pin-file", help="its PIN; left out: from SKMS_CARD_PIN, or asked for")]
+PersonCredential = Annotated[
+    Path | None,
+    typer.Option("--webauthn", help="instead of --key: the file of `skms approval enrol`; signed on a page"),
+]
+CARD_PIN: Final = "SKMS_CARD_PIN"
+WORDS: Final = {
+    "destroy_key": "Destroy every copy of a key, at once and for ever",
+    "set_key_policy": "Change what bounds a key",
+    "lift_freeze": "Lift a freeze: what it stops goes on",
+    "create_exception": "Let callers or plaintexts be where a key's bounds do not let them",
+    "policy": "Put another policy bundle in force",
+    "audit-recover": "Start the audit log anew",
+}
 
 
 @approval_app.command("list")
@@ -850,37 +977,157 @@ def approval_show(
 def approval_sign(
     approval: Annotated[str, typer.Argument(help="its id, or the file of `skms approval show --to`")],
     name: Annotated[str, typer.Option(help="the approver's name in [[approvals.approver]]")],
-    key: Annotated[Path, typer.Option(help="the approver's Ed25519 key (PEM)")],
-    password_file: Annotated[Path | None, typer.Option(help="password of the key")] = None,
+    key: PersonKey = None,
+    password_file: PasswordFile = None,
+    pkcs11_module: CardModule = None,
+    token_label: CardToken = "",
+    key_label: CardLabel = "",
+    pin_file: CardPin = None,
+    webauthn: PersonCredential = None,
     to: Annotated[Path | None, typer.Option(help="write the approval to a file, for `skms approval add`")] = None,
 ) -> None:
     """Approve a request, and hand the approval in or write it to a file."""
-    _sign(approval, name, key, password_file, to, revoking=False)
+    hand = Hand(key, password_file, pkcs11_module, token_label, key_label, pin_file, webauthn)
+    _sign(approval, name, hand, to, revoking=False)
 
 
 @approval_app.command("revoke")
 def approval_revoke(
     approval: Annotated[str, typer.Argument(help="its id, or the file of `skms approval show --to`")],
     name: Annotated[str, typer.Option(help="the approver's name in [[approvals.approver]]")],
-    key: Annotated[Path, typer.Option(help="the approver's Ed25519 key (PEM)")],
-    password_file: Annotated[Path | None, typer.Option(help="password of the key")] = None,
+    key: PersonKey = None,
+    password_file: PasswordFile = None,
+    pkcs11_module: CardModule = None,
+    token_label: CardToken = "",
+    key_label: CardLabel = "",
+    pin_file: CardPin = None,
+    webauthn: PersonCredential = None,
     to: Annotated[Path | None, typer.Option(help="write the revocation to a file, for `skms approval add`")] = None,
 ) -> None:
     """Take an approval back before the request is executed; whoever did cannot approve that request again."""
-    _sign(approval, name, key, password_file, to, revoking=True)
+    hand = Hand(key, password_file, pkcs11_module, token_label, key_label, pin_file, webauthn)
+    _sign(approval, name, hand, to, revoking=True)
 
 
-def _sign(approval: str, name: str, key: Path, password_file: Path | None, to: Path | None, *, revoking: bool) -> None:
-    from service.approvals import ApprovalRefused, Asked, approve, revocation
+@dataclasses.dataclass(frozen=True)
+class Hand:
+    """What a person signs with: a key in a file, on a card, or a WebAuthn credential."""
+
+    key: Path | None
+    password_file: Path | None
+    module: Path | None
+    token: str
+    label: str
+    pin_file: Path | None
+    webauthn: Path | None = None
+
+    def signs(self) -> Callable[[bytes], bytes]:
+        """The signature of a key in a file or on a card."""
+        from keystore.pkcs11 import CardKey
+        from service.keyfiles import by_card, by_file
+
+        card = self.module is not None or bool(self.token or self.label) or self.pin_file is not None
+        if card == (self.key is not None) or (card and not (self.module and self.token and self.label)):
+            raise Failed(USAGE, "either --key, or all of --pkcs11-module, --token-label and --key-label")
+        if self.key is not None:
+            password = None if self.password_file is None else read_input(str(self.password_file)).rstrip(b"\n")
+            return by_file(self.key, password)
+        return by_card(CardKey(self.module or Path(), self.token, self.label), self._pin)
+
+    def approves(self, kind: str, digest: str, *, name: str, facts: Sequence[tuple[str, str]]) -> Any:
+        """An approval; ApprovalRefused. `facts` are what a page shows of the request."""
+        from service.approvals import Approval, approve_by, challenge
+
+        if self.webauthn is None:
+            return approve_by(self.signs(), kind, digest, name=name)
+        if self.key is not None or self.module is not None or self.token or self.label:
+            raise Failed(USAGE, "--webauthn stands alone: no --key and no card beside it")
+        return Approval(name, kind, digest, _asserted(self.webauthn, challenge(kind, digest), kind, digest, facts))
+
+    def _pin(self) -> bytes:
+        if self.pin_file is not None:
+            return read_input(str(self.pin_file)).rstrip(b"\r\n")
+        if given := os.environ.get(CARD_PIN):
+            return given.encode()
+        return str(typer.prompt(f"PIN of token {self.token!r}", hide_input=True, err=True)).encode()
+
+
+def _asserted(enrolled: Path, challenge: bytes, kind: str, digest: str, facts: Sequence[tuple[str, str]]) -> bytes:
+    """The assertion that a person makes on a page which shows exactly what it is about."""
+    from service.cli.page import RP, Page
+    from service.webauthn import Assertion, encoded
+
+    try:
+        found = json.loads(enrolled.read_text())
+        credential, port = str(found["credential"]), int(found["port"])
+    except OSError as error:
+        raise Failed(USAGE, f"{enrolled}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise Failed(USAGE, f"{enrolled}: not a file of `skms approval enrol`") from None
+    asked = {
+        "challenge": encoded(challenge),
+        "rpId": RP,
+        "allowCredentials": [{"type": "public-key", "id": credential}],
+        "userVerification": "required",
+    }
+    told = [("What", kind), *facts, ("SHA-256 of all this, which is signed", digest)]
+    answer = _on_page(Page(_title(kind), told, "Sign exactly this", "get", asked), port)
+    try:
+        return Assertion(**answer).to_bytes()
+    except TypeError:
+        raise Failed(INTERNAL, "the browser answered something that is no assertion") from None
+
+
+def _title(kind: str) -> str:
+    from service.approvals import revocation
+
+    back = kind.startswith(revocation(""))
+    what = kind.removeprefix(revocation(""))
+    return f"{'Take the approval back of: ' if back else ''}{WORDS.get(what, what)}"
+
+
+def _on_page(page: Any, port: int) -> dict[str, str]:
+    from service.cli.page import PageUnanswered, answered
+
+    try:
+        return answered(page, port, lambda url: err.print(f"open in a browser of this machine: {url}", soft_wrap=True))
+    except PageUnanswered as error:
+        raise Failed(TEMPORARY, str(error)) from None
+
+
+def _facts(asked: Any) -> list[tuple[str, str]]:
+    """All that a request says, in the order in which it is read; what is signed is nothing else."""
+
+    def moment(us: int) -> str:
+        return f"{datetime.fromtimestamp(us / 1e6, UTC):%Y-%m-%d %H:%M:%S} UTC ({us})"
+
+    plain = [(name.replace("_", " "), shown(value)) for name, value in sorted(asked.parameters.items())]
+    return [
+        ("Asked by", asked.requester),
+        ("Tenant", asked.tenant or "none: the installation"),
+        *plain,
+        ("Installation", asked.installation),
+        ("Asked for at", moment(asked.created)),
+        ("Approvals count until", moment(asked.expires)),
+        ("Request", asked.id),
+    ]
+
+
+def shown(value: Any) -> str:
+    """A value of a request, as it stands in what is signed."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=True)
+
+
+def _sign(approval: str, name: str, hand: Hand, to: Path | None, *, revoking: bool) -> None:
+    from service.approvals import ApprovalRefused, Asked, revocation
 
     try:
         offline = Path(approval).is_file()
         given = json.loads(Path(approval).read_text()) if offline else None
         request = given if offline else options.client().get(f"/v1/approvals/{approval}")["request"]
         asked = Asked.of(json.dumps(request))
-        password = None if password_file is None else read_input(str(password_file)).rstrip(b"\n")
         kind = revocation(asked.kind) if revoking else asked.kind
-        made = approve(kind, asked.digest(), name=name, key_file=key, password=password)
+        made = hand.approves(kind, asked.digest(), name=name, facts=_facts(asked))
     except (ValueError, ApprovalRefused) as refused:
         raise Failed(USAGE, str(refused)) from None
     if to is not None:
@@ -889,6 +1136,40 @@ def _sign(approval: str, name: str, key: Path, password_file: Path | None, to: P
         show(dataclasses.asdict(asked) | {"digest": made.digest, "approval": str(to)})
         return
     _hand_in(approval, made)
+
+
+@approval_app.command("enrol")
+def approval_enrol(
+    name: Annotated[str, typer.Option(help="the approver's name in [[approvals.approver]]")],
+    to: Annotated[Path, typer.Option(help="where to keep what `--webauthn` takes; nothing in it is secret")],
+    public_key: Annotated[Path, typer.Option(help="where the public key goes (PEM)")],
+    port: Annotated[int, typer.Option(help="of the page on this machine, from now on", min=1024, max=65535)] = 8910,
+) -> None:
+    """Make a WebAuthn credential for approvals, on a page of this machine; prints the entry for the configuration."""
+    import secrets
+
+    from service.cli.page import RP, Page, origin
+    from service.webauthn import AssertionRefused, encoded, enrolled, pem
+
+    challenge = secrets.token_bytes(32)
+    asked = {
+        "challenge": encoded(challenge),
+        "rp": {"id": RP, "name": "Sovereign KMS approvals"},
+        "user": {"id": encoded(secrets.token_bytes(32)), "name": name, "displayName": name},
+        "pubKeyCredParams": [{"type": "public-key", "alg": number} for number in (-7, -8)],  # ES256, EdDSA
+        "authenticatorSelection": {"userVerification": "required"},
+        "attestation": "none",
+    }
+    facts = [("Approver", name), ("For pages of", origin(port))]
+    answer = _on_page(Page("Enrol an authenticator", facts, "Make a credential", "create", asked), port)
+    try:
+        credential, key, kind = enrolled(answer, challenge, RP, (origin(port),))
+    except AssertionRefused as error:
+        raise Failed(FAILED_CHECK, str(error)) from None
+    write_output(str(public_key), pem(key))
+    write_output(str(to), json.dumps({"credential": encoded(credential.id), "port": port}, indent=2).encode())
+    webauthn = {"credential": encoded(credential.id), "rp": RP, "origins": [origin(port)]}
+    show({"name": name, "public_key": str(public_key), "algorithm": kind, "webauthn": webauthn})
 
 
 @approval_app.command("add")
@@ -961,16 +1242,20 @@ def _join(config: Path, source: str, target: str, so_pin_file: Path | None) -> N
     """The ceremony that brings the region's keys from one token to another; on the node's host."""
     from keystore import HsmUnavailable, SelfTestFailed
     from keystore.pkcs11 import CeremonyRefused, Transcript, join
+    from policy import BundleRefused
+    from service.rootbackup import check_join
     from service.wiring import token_configs
 
-    tokens = {t.name: t for t in token_configs(_config(config))}
+    found = _config(config)
+    tokens = {t.name: t for t in token_configs(found)}
     if missing := {source, target} - set(tokens):
         raise Failed(USAGE, f"{config} names no [[hsm]] {sorted(missing)[0]!r}")
     facts: dict[str, Any] = {"installation": str(tokens[source].installation), "region": tokens[source].region}
     transcript = Transcript("join", facts, lambda: time.time_ns() // 1_000)
     try:
+        check_join(found, target)
         report = join(tokens[source], tokens[target], so_pin_file=so_pin_file, transcript=transcript)
-    except (CeremonyRefused, HsmUnavailable, SelfTestFailed) as error:
+    except (BundleRefused, CeremonyRefused, HsmUnavailable, SelfTestFailed) as error:
         raise Failed(INTERNAL, str(error)) from None
     err.print(f"HSM {report.hsm} joined; SHA-256 of the transcript: {transcript.sha256}", highlight=False)
 
@@ -1077,7 +1362,9 @@ def hsm_join(
     """The ceremony: bring the region's root KEK and row-MAC key to another token; goes on where it was stopped."""
     from keystore import HsmUnavailable, SelfTestFailed
     from keystore.pkcs11 import CeremonyRefused, join
+    from policy import BundleRefused
     from service import ceremonies
+    from service.rootbackup import check_join
     from service.wiring import token_configs
 
     found = _config(config)
@@ -1087,8 +1374,9 @@ def hsm_join(
             raise Failed(USAGE, f"no HSM {name!r} in {config}; there are: {', '.join(tokens)}")
     transcript = ceremonies.begin("join", found, tokens[source].region)
     try:
+        check_join(found, target)
         report = join(tokens[source], tokens[target], so_pin_file=so_pin_file, transcript=transcript)
-    except (HsmUnavailable, SelfTestFailed, CeremonyRefused) as error:
+    except (BundleRefused, HsmUnavailable, SelfTestFailed, CeremonyRefused) as error:
         transcript.add("failed", why=str(error))
         kept = ceremonies.keep(transcript, found)
         raise Failed(INTERNAL, f"{error}; transcript: {kept}") from None
@@ -1104,13 +1392,14 @@ def hsm_verify_backup(
     """The drill of a backup: canaries of every kind and keys chosen at random come out the same on both tokens."""
     from keystore import HsmUnavailable, SelfTestFailed
     from keystore.pkcs11 import CeremonyRefused
+    from policy import BundleRefused
     from service import ceremonies, rootbackup
 
     found = _config(config)
     transcript = ceremonies.begin("verify-backup", found, next((h.region for h in found.hsm if h.name == hsm), ""))
     try:
         report = rootbackup.verify(found, hsm, sample=sample, transcript=transcript)
-    except (HsmUnavailable, SelfTestFailed, CeremonyRefused) as error:
+    except (BundleRefused, HsmUnavailable, SelfTestFailed, CeremonyRefused) as error:
         raise Failed(INTERNAL, str(error)) from None
     show({**dataclasses.asdict(report), **_kept(transcript, found)})
     if report.wrong:
@@ -1303,16 +1592,21 @@ def policy_check(
 def policy_sign(
     directory: Path,
     part: Annotated[str, typer.Option(help="`bundle` is the whole; `tenants/NAME` are a tenant's files")] = "bundle",
-    key: Annotated[Path | None, typer.Option(help="the signer's Ed25519 key (PEM)")] = None,
-    password_file: Annotated[Path | None, typer.Option(help="password of the key")] = None,
+    key: PersonKey = None,
+    password_file: PasswordFile = None,
+    pkcs11_module: CardModule = None,
+    token_label: CardToken = "",
+    key_label: CardLabel = "",
+    pin_file: CardPin = None,
     signature: Annotated[
-        Path | None, typer.Option(help="64 bytes that a card made of what this command prints without --key")
+        Path | None, typer.Option(help="64 bytes, made elsewhere of what this command prints without a key")
     ] = None,
 ) -> None:
-    """Sign a bundle's directory offline, once it was checked; without --key, print exactly the bytes to sign elsewhere."""
+    """Sign a bundle's directory offline, once it was checked; without a key, print exactly the bytes to sign elsewhere."""
     from policy import BundleRefused, Policy
     from policy.signatures import add, is_part, statement
-    from service.keyfiles import KeyFileRefused, private_key
+    from policy.signing import SIZE
+    from service.keyfiles import KeyFileRefused
 
     if not is_part(part):
         raise Failed(USAGE, f"--part {part}: `bundle`, or `tenants/NAME`")
@@ -1323,16 +1617,19 @@ def policy_sign(
     if part != "bundle" and part.removeprefix("tenants/") not in found.registry.tenant_names():
         raise Failed(USAGE, f"--part {part}: charter.yaml has no such tenant")
     said = statement(found.bundle, part)
-    if key is None and signature is None:
+    by_person = any((key, pkcs11_module, token_label, key_label))
+    if not by_person and signature is None:
         sys.stdout.buffer.write(said)
         return
     try:
-        password = None if password_file is None else read_input(str(password_file)).rstrip(b"\n")
-        made = private_key(key, password).sign(said) if key is not None else read_input(str(signature))
+        if by_person:
+            made = Hand(key, password_file, pkcs11_module, token_label, key_label, pin_file).signs()(said)
+        else:
+            made = read_input(str(signature))
     except KeyFileRefused as error:
         raise Failed(USAGE, str(error)) from None
-    if len(made) != 64:
-        raise Failed(USAGE, f"--signature {signature}: {len(made)} bytes, an Ed25519 signature has 64")
+    if len(made) != SIZE:
+        raise Failed(USAGE, f"--signature {signature}: {len(made)} bytes, a signature has {SIZE}")
     show({"part": part, "version": found.version, "digest": found.digest, "signature": str(add(directory, part, made))})
 
 
@@ -1537,6 +1834,12 @@ def _show_explanation(told: dict[str, Any]) -> None:
         print(f"\ndata crosses from {border['from']} to {border['to']}: {by}")
         for a in border["agreements"]:
             print(f"  {a['id']} ({a['not_before']} to {a['not_after']}): {', '.join(a['lacks']) or 'covers it'}")
+    for grant in told["grants"]:
+        why = "allows it" if grant["decided"] else ", ".join(grant["lacks"]) or "was not what decided"
+        print(f"\ngrant {grant['id']} of {grant['granter']} until {grant['not_after']}: {why}")
+    for waiver in told["exceptions"]:
+        why = ", ".join(waiver["lacks"]) or "covers it"
+        print(f"\nexception {waiver['id']} from {waiver['kind']}, to {waiver['not_after']}: {why}")
     for fix in told["fixes"]:
         changes = "; ".join(
             f"{name} is {json.dumps(f['is'])}, needs {json.dumps(f['needs'])}" for name, f in fix.items()
@@ -2085,17 +2388,26 @@ def _told(recovery: Any) -> dict[str, Any]:
 def audit_approve(
     request: Annotated[Path, typer.Argument(help="the request of `skms audit recover`")],
     name: Annotated[str, typer.Option(help="the officer's name in [[approvals.approver]]")],
-    key: Annotated[Path, typer.Option(help="the officer's Ed25519 private key (PEM)")],
     to: Annotated[Path, typer.Option(help="where the approval goes")],
+    key: PersonKey = None,
+    password_file: PasswordFile = None,
+    pkcs11_module: CardModule = None,
+    token_label: CardToken = "",
+    key_label: CardLabel = "",
+    pin_file: CardPin = None,
+    webauthn: PersonCredential = None,
 ) -> None:
     """Approve a recovery, on the officer's own machine: needs neither node nor network."""
     from audit.event import BadRecord, decode_recovery
     from audit.generation import KIND, digest_of
-    from service.approvals import ApprovalRefused, approve
+    from service.approvals import ApprovalRefused
 
+    hand = Hand(key, password_file, pkcs11_module, token_label, key_label, pin_file, webauthn)
     try:
         recovery = decode_recovery(request.read_bytes())
-        made = approve(KIND, digest_of(recovery), name=name, key_file=key)
+        made = hand.approves(
+            KIND, digest_of(recovery), name=name, facts=[(n, str(v)) for n, v in _told(recovery).items()]
+        )
     except OSError as error:
         raise Failed(USAGE, f"{request}: {error.strerror}") from None
     except (BadRecord, ApprovalRefused) as refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ def serve(argv: Sequence[str]) -> int:
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # plaintexts and keys of messages are in memory: workers inherit it
     from service.config import ConfigInvalid, load
 
     try:

@@ -23,6 +23,7 @@ from service.identity import Unidentified, source
 
 _SPIFFE: Final = re.compile(r"spiffe://([a-z0-9._-]{1,255})((?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+)+)")
 _CACHE: Final = 4_096
+EXPIRED: Final = "certificate_expired"
 
 
 class Trusted(Protocol):
@@ -66,9 +67,39 @@ class MtlsProvider:
         self._registry, self._clock = registry, clock
         self._authorities: Mapping[str, list[x509.Certificate]] = {t.domain: _authorities(t.authority) for t in trust}
         self._proven: dict[bytes, tuple[str, str, float, float]] = {}
+        self._callers: dict[tuple[bytes, str], tuple[Registry, Caller]] = {}  # by certificate and peer's address
 
     async def identify(self, scope: Scope) -> Caller | None:
         """The caller of the connection's certificate; None without one."""
+        found = self._shown(scope)
+        if found is None:
+            return None
+        domain, path, evidence = found
+        registry, peer = self._registry(), (evidence, source(scope))
+        known = self._callers.get(peer)
+        if known is not None and known[0] is registry:
+            return known[1]
+        caller = replace(caller_of_svid(registry, domain, path), source=peer[1], evidence=evidence)
+        if len(self._callers) >= _CACHE:
+            self._callers.clear()
+        self._callers[peer] = registry, caller
+        return caller
+
+    def peer(self, scope: Scope) -> str | None:
+        """The canonical identity of the connection's certificate, whoever the caller is; None without one of an authority.
+
+        Unidentified if it has expired: nobody gets rid of what their certificate says of them by keeping it too long.
+        """
+        try:
+            found = self._shown(scope)
+        except Unidentified as bad:
+            if bad.reason == EXPIRED:
+                raise
+            return None
+        return None if found is None else f"mtls:{found[0]}:{found[1]}"
+
+    def _shown(self, scope: Scope) -> tuple[str, str, bytes] | None:
+        """(trust domain, path, SHA-256) of the connection's certificate, None without one; Unidentified if it is bad."""
         chain = scope.get("extensions", {}).get("tls", {}).get("client_cert_chain") or []
         if not chain:
             return None
@@ -82,8 +113,8 @@ class MtlsProvider:
             self._proven[evidence] = known
         domain, path, not_before, not_after = known
         if not not_before <= self._clock() < not_after:
-            raise Unidentified("certificate_expired")
-        return replace(caller_of_svid(self._registry(), domain, path), source=source(scope), evidence=evidence)
+            raise Unidentified(EXPIRED)
+        return domain, path, evidence
 
     def _prove(self, pem: bytes) -> tuple[str, str, float, float]:
         try:

@@ -86,6 +86,18 @@ def _object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def parsed(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(header, claims) of a compact JWS, nothing of which is proven yet; Unidentified if libraries could disagree on it."""
+    parts = text.split(".")
+    if len(parts) != 3 or len(parts[0]) > HEADER_LIMIT:
+        raise Unidentified("token_malformed")
+    header, claims = _object(_decoded(parts[0])), _object(_decoded(parts[1]))
+    _decoded(parts[2])
+    if _FORBIDDEN & set(header):
+        raise Unidentified("token_header")
+    return header, claims
+
+
 def caller_of(issuer: Issuer, subject: str) -> Caller:
     """Who a subject of an issuer is, as the policy sees it."""
     place = frozenset({issuer.place})
@@ -170,13 +182,7 @@ class OidcProvider:
 
     async def verified(self, text: str) -> tuple[Issuer, dict[str, Any]]:
         """(issuer, claims) of a token that holds; Unidentified with a constant reason otherwise."""
-        parts = text.split(".")
-        if len(parts) != 3 or len(parts[0]) > HEADER_LIMIT:
-            raise Unidentified("token_malformed")
-        header, claims = _object(_decoded(parts[0])), _object(_decoded(parts[1]))
-        _decoded(parts[2])
-        if _FORBIDDEN & set(header):
-            raise Unidentified("token_header")
+        header, claims = parsed(text)
         named = claims.get("iss")
         found = self._issuers.get(named) if isinstance(named, str) else None
         if found is None:

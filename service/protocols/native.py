@@ -32,9 +32,14 @@ from keystore import Bounds, Import, Key, KeySpec, KeyUsage, ListFilter, NewKey,
 from policy import Caller
 from policy.explain import shown
 from service.containment import Containment, NewFreeze
+from service.decisions import HOP
 from service.drills import Drills, ExitDrill
+from service.exceptions import Excepting, NewException
+from service.grants import Granting, NewGrant
 from service.health import Health
 from service.identity import Authenticator, Unidentified
+from service.identity.hops import HopRefused, Ways
+from service.ids import uuid7
 from service.keyrequests import KeyRequests
 from service.kms import APPROVAL_REQUIRED, Ask, ItemResult, Kms, Unusable, WouldAllow
 from service.outcome import EtagMismatch, EtagMissing, NotFound, PageTokenInvalid, RequestInvalid
@@ -57,8 +62,9 @@ from service.protocols.problems import (
 )
 from service.protocols.strict_json import Invalid, Malformed, convert, loads
 from service.quorum import Standing
-from service.requests import Observer, uuid7
+from service.requests import Observer
 from service.rows import Idempotency, InProgress, NewToken, Replay, Reused
+from service.sovereignty import Sovereignty
 from service.work import Work
 
 JSON: Final = "application/json"
@@ -416,8 +422,40 @@ async def _set_key_policy(call: Call) -> Reply:
     }
     purposes = None if b.purposes is None else tuple(b.purposes)
     _remember_waiting(call)
-    bounds = Bounds(tier=b.tier, purposes=purposes, **places)
+    bounds = Bounds(
+        tier=b.tier,
+        purposes=purposes,
+        min_decrypt_version=b.min_decrypt_version,
+        min_encrypt_version=b.min_encrypt_version,
+        **places,
+    )
     return _waiting(await call.app.requests.set_policy(call.ask, call.path["key"], bounds))
+
+
+async def _create_grant(call: Call) -> Reply:
+    b: wire.GrantBody = call.body
+    wanted = NewGrant(
+        grantee=b.grantee,
+        operations=tuple(b.operations),
+        ends=_moment("/expires_at", b.expires_at),
+        purpose=b.purpose,
+        context_equals=b.context_equals,
+        context_subset=b.context_subset,
+        max_uses=b.max_uses,
+    )
+    _remember_made(call, f"/v1/keys/{call.path['key']}/grants")
+    made = await call.app.granting.create(call.ask, call.path["key"], wanted)
+    return Reply(wire.grant_json(made), 201, (("location", f"/v1/keys/{made.grant.key}/grants/{made.grant.id}"),))
+
+
+async def _list_grants(call: Call) -> Reply:
+    found = await call.app.granting.every(call.ask, call.path["key"])
+    return Reply({"items": [wire.grant_json(standing) for standing in found]})
+
+
+async def _revoke_grant(call: Call) -> Reply:
+    await call.app.granting.revoke(call.ask, call.path["key"], call.path["grant"])
+    return Reply(None, 204)
 
 
 async def _versions(call: Call) -> Reply:
@@ -541,7 +579,9 @@ async def _confirm_drill(call: Call) -> Reply:
 async def _freeze(call: Call) -> Reply:
     b: wire.FreezeBody = call.body
     _remember_freeze(call)
-    made = await call.app.containment.freeze(call.ask, NewFreeze(b.scope.kind, b.scope.value, b.reason.code))
+    began = None if b.began is None else _moment("/began", b.began)
+    wanted = NewFreeze(b.scope.kind, b.scope.value, b.reason.code, mode=b.mode, began=began)
+    made = await call.app.containment.freeze(call.ask, wanted)
     return Reply(wire.contained_json(made), 201, _freeze_location(made.freeze.id))
 
 
@@ -553,12 +593,18 @@ async def _freeze_drill(call: Call) -> Reply:
 
 def _remember_freeze(call: Call) -> None:
     """Store the freeze's id as the idempotent answer: the rest of it is not known before other workers obey."""
+    _remember_made(call, "/v1/freezes")
+
+
+def _remember_made(call: Call, path: str) -> None:
+    """Store the id of what is made as the idempotent answer, and where it is found under a path."""
     claim = call.claim
 
     def remember(connection: Any, _: Any) -> None:
         if claim is not None:
-            answer = json.dumps({"id": call.ask.decision_id}).encode()
-            call.app.idempotency.finish(connection, *claim, 201, answer, _freeze_location(call.ask.decision_id or ""))
+            made = call.ask.decision_id or ""
+            location = (("location", f"{path}/{made}"),)
+            call.app.idempotency.finish(connection, *claim, 201, json.dumps({"id": made}).encode(), location)
 
     call.ask.remember = remember
 
@@ -579,6 +625,35 @@ async def _get_freeze(call: Call) -> Reply:
 async def _lift_freeze(call: Call) -> Reply:
     _remember_waiting(call)
     return _waiting(await call.app.containment.lift(call.ask, call.path["freeze"]))
+
+
+async def _request_exception(call: Call) -> Reply:
+    b: wire.ExceptionBody = call.body
+    wanted = NewException(
+        keys=tuple(b.keys),
+        kind=b.kind,
+        places=tuple(b.places),
+        purpose=b.purpose,
+        legal_basis=b.legal_basis,
+        legal_ref=b.legal_ref,
+        ends=_moment("/not_after", b.not_after),
+        begins=None if b.not_before is None else _moment("/not_before", b.not_before),
+    )
+    _remember_waiting(call)
+    return _waiting(await call.app.excepting.request(call.ask, wanted))
+
+
+async def _list_exceptions(call: Call) -> Reply:
+    return Reply({"items": [wire.exception_json(found) for found in await call.app.excepting.every(call.ask)]})
+
+
+async def _get_exception(call: Call) -> Reply:
+    return Reply(wire.exception_json(await call.app.excepting.show(call.ask, call.path["exception"])))
+
+
+async def _revoke_exception(call: Call) -> Reply:
+    await call.app.excepting.revoke(call.ask, call.path["exception"])
+    return Reply(None, 204)
 
 
 def _waiting(standing: Standing) -> Reply:
@@ -635,6 +710,10 @@ async def _get_compliance(call: Call) -> Reply:
     told = wire.compliance_json(found)
     page = _page(call, told["items"], told["items"][-1]["key_id"] if found.more else None, {})
     return dataclasses.replace(page, body={**told, **page.body})
+
+
+async def _get_sovereignty(call: Call) -> Reply:
+    return Reply(wire.sovereignty_json(await call.app.sovereignty.report(call.ask)))
 
 
 def _policy_json(p: policy.Policy, applied: str | None) -> dict[str, Any]:
@@ -1067,6 +1146,26 @@ ROUTES: Final[tuple[Route, ...]] = (
         idempotent=True,
         if_match="required",
     ),
+    Route(
+        "POST",
+        "/v1/keys/{key}/grants",
+        "create_grant",
+        _create_grant,
+        "Let a workload of the tenant use a key, until an end",
+        wire.GrantAnswer,
+        wire.GrantBody,
+        status=201,
+        idempotent=True,
+    ),
+    Route("GET", "/v1/keys/{key}/grants", "list_grants", _list_grants, "Grants of a key, newest first", wire.GrantList),
+    Route(
+        "DELETE",
+        "/v1/keys/{key}/grants/{grant}",
+        "revoke_grant",
+        _revoke_grant,
+        "Take a grant back: it counts nowhere a second later",
+        status=204,
+    ),
     Route("GET", "/v1/keys/{key}/versions", "list_versions", _versions, "A key's versions", wire.VersionList),
     Route(
         "POST",
@@ -1211,6 +1310,42 @@ ROUTES: Final[tuple[Route, ...]] = (
         "Keys that do not meet their tier, what is missing and since when; tiers and suppliers as the charter has them",
         wire.ComplianceAnswer,
         query=_PAGE,
+    ),
+    Route(
+        "GET",
+        "/v1/sovereignty/metrics",
+        "get_sovereignty",
+        _get_sovereignty,
+        "Systems under sovereign control, time to exit, diversity, time to detect and contain: each with what to count again",
+        wire.SovereigntyAnswer,
+    ),
+    Route(
+        "POST",
+        "/v1/exceptions",
+        "create_exception",
+        _request_exception,
+        "Ask for an exception from reach or egress: it counts once a quorum with the data-protection officer has signed it",
+        wire.ApprovalAnswer,
+        wire.ExceptionBody,
+        status=202,
+        idempotent=True,
+    ),
+    Route("GET", "/v1/exceptions", "list_exceptions", _list_exceptions, "Exceptions, newest first", wire.ExceptionList),
+    Route(
+        "GET",
+        "/v1/exceptions/{exception}",
+        "get_exception",
+        _get_exception,
+        "An exception: what was signed, and by whom",
+        wire.ExceptionAnswer,
+    ),
+    Route(
+        "DELETE",
+        "/v1/exceptions/{exception}",
+        "revoke_exception",
+        _revoke_exception,
+        "Take an exception back: it counts nowhere a second later",
+        status=204,
     ),
     Route("GET", "/v1/approvals", "list_approvals", _list_approvals, "Requests for approval", wire.ApprovalList),
     Route(
@@ -1426,6 +1561,8 @@ def _pattern(path: str) -> re.Pattern[str]:
         "{operation}": rf"(?P<operation>{_UUID})",
         "{freeze}": rf"(?P<freeze>{_UUID})",
         "{approval}": rf"(?P<approval>{_UUID})",
+        "{grant}": rf"(?P<grant>{_UUID})",
+        "{exception}": rf"(?P<exception>{_UUID})",
         "{size}": rf"(?P<size>{_COUNT.pattern})",
         "{chain}": r"(?P<chain>[a-z0-9][a-z0-9-]{0,17}-[0-9]{1,5})",
         "{seq}": rf"(?P<seq>{_COUNT.pattern})",
@@ -1445,10 +1582,14 @@ class Native:
         kms: Kms,
         identity: Authenticator,
         *,
+        ways: Ways,
         drills: Drills,
         containment: Containment,
         requests: KeyRequests,
+        granting: Granting,
+        excepting: Excepting,
         policy_changes: PolicyChanges,
+        sovereignty: Sovereignty,
         idempotency: Idempotency,
         health: Health,
         observer: Observer,
@@ -1456,7 +1597,9 @@ class Native:
         clock: Callable[[], int],
     ) -> None:
         self.kms, self.identity, self.idempotency, self.drills = kms, identity, idempotency, drills
+        self.ways, self.granting, self.excepting = ways, granting, excepting
         self.containment, self.requests, self.policy_changes = containment, requests, policy_changes
+        self.sovereignty = sovereignty
         self.health, self.observer, self.limits, self._clock = health, observer, limits, clock
         self._exact = {(r.method, r.path): r for r in ROUTES if "{" not in r.path}
         self._patterns = [(r, _pattern(r.path)) for r in ROUTES if "{" in r.path]
@@ -1488,12 +1631,11 @@ class Native:
             return None, {}, ()
         if (route := self._exact.get((method, path))) is not None:
             return route, {}, ()
-        allowed = {m for m, p in self._exact if p == path}
         for candidate, pattern in self._patterns:
-            if match := pattern.fullmatch(path):
-                if candidate.method == method:
-                    return candidate, match.groupdict(), ()
-                allowed.add(candidate.method)
+            if candidate.method == method and (match := pattern.fullmatch(path)):
+                return candidate, match.groupdict(), ()
+        allowed = {m for m, p in self._exact if p == path}
+        allowed |= {other.method for other, pattern in self._patterns if pattern.fullmatch(path)}
         return None, {}, tuple(sorted(allowed))
 
     async def _call(self, ask: Ask, route: Route, path: Mapping[str, str], scope: Scope, receive: Receive) -> Call:
@@ -1507,7 +1649,10 @@ class Native:
             ask.trace = match.group(1)
         query = _query(scope, route)
         ask.dry_run = query.get("dry_run") == "true"
+        told = [] if route.public or route.anonymous else self.ways.announced(scope)
         raw = await self._read(route, headers, receive)
+        ask.hops = await self.ways.proven(scope, told, raw)
+        ask.caller = policy.behind(ask.caller, ask.hops.origin)
         body = _body(route, headers, raw)
         reason = getattr(body, "reason", None)
         ask.reason = None if reason is None else reason.code
@@ -1593,9 +1738,12 @@ class Native:
                         source=source, request_id=ask.request_id, arrived=ask.arrived, why=why
                     )
                 else:
-                    await self.kms.refused(ask, route.op, out, code)
+                    rule = f"{HOP}{error.reason}" if isinstance(error, HopRefused) else None
+                    await self.kms.refused(ask, route.op, out, code, rule=rule)
             except Unavailable as unavailable:
                 error = unavailable
+        if isinstance(error, HopRefused):
+            self.observer.conflict(ask, error.reason)
         if code == "internal":
             self.observer.crash(ask, error)
         return problem_of(error, request_id=ask.request_id, decision_id=ask.decision_id)
@@ -1613,11 +1761,11 @@ class Native:
             await self._stream(send, answer, [*headers, ("content-type", answer.media)])
             return
         if isinstance(answer, Problem):
-            payload, media = json.dumps(answer.body).encode(), PROBLEM_JSON
+            payload, media = msgspec.json.encode(answer.body), PROBLEM_JSON
         elif isinstance(answer.body, bytes):
             payload, media = answer.body, answer.media
         else:
-            payload = b"" if answer.body is None else json.dumps(answer.body, separators=(",", ":")).encode()
+            payload = b"" if answer.body is None else msgspec.json.encode(answer.body)
             media = answer.media
         if payload:
             headers.append(("content-type", media))
@@ -1653,7 +1801,7 @@ def dry_run_answer(error: WouldAllow | policy.Denied) -> Reply | None:
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+    return {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}  # ASGI gives names in lower case
 
 
 def _query(scope: Scope, route: Route) -> dict[str, str]:

@@ -49,6 +49,8 @@ _PARAMETERS: Final[dict[str, dict[str, Any]]] = {
     },
     "operation": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
     "approval": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
+    "exception": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
+    "grant": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
     "freeze": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
     "decision": {"schema": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f-]{36}$"}},
 }

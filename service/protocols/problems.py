@@ -19,6 +19,7 @@ from service.admission import RateLimited
 from service.approvals import ApprovalRefused
 from service.decisions import BundleLost, FactsLost
 from service.identity import Unidentified
+from service.identity.hops import HopRefused
 from service.outcome import (
     DENIED,
     FAILED,
@@ -89,6 +90,7 @@ OWN: Final[dict[type[Exception], tuple[str, str]]] = {
     IdempotencyKeyReused: (FAILED, "idempotency_key_reused"),
     IdempotencyInProgress: (FAILED, "idempotency_in_progress"),
     Unidentified: (DENIED, "unauthenticated"),
+    HopRefused: (DENIED, "region_conflict"),
 }
 
 
@@ -147,6 +149,7 @@ ERRORS: Final[dict[str, Row]] = {
     "frozen": Row(423, "Frozen"),
     "freeze_lifted": Row(409, "The freeze is not in force"),
     "approval_refused": Row(403, "The approval does not count"),
+    "authenticator_cloned": Row(403, "The authenticator's counter did not rise, so the approval does not count"),
     "approval_closed": Row(409, "The request for approval is closed"),
     "rate_limited": Row(429, "Too many requests", True, 1),
     "quota_exceeded": Row(429, "The quota is used up", True, 60),
@@ -239,6 +242,8 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
         case policy.Frozen():
             extra = {"freeze_id": error.freeze.id, "since": moment(error.freeze.at)}
         case policy.FreezeUnconfirmed() | policy.FreezeGone() | ApprovalRefused() | ApprovalClosed():
+            extra = {"detail": str(error)}
+        case HopRefused():
             extra = {"detail": str(error)}
         case BundleLost() | FactsLost() | NotCovered() | Pruned():
             extra = {"detail": str(error)}

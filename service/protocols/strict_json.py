@@ -17,6 +17,8 @@ S = TypeVar("S", bound=msgspec.Struct)
 MAX_DEPTH: Final = 16
 MAX_VALUES: Final = 50_000
 MAX_DIGITS: Final = 19
+_NO_BRACKET: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\[\]{}"]+', re.DOTALL)
+_ONE_KIND: Final = bytes.maketrans(b"{}", b"[]")
 _PATH: Final = re.compile(r" - at `(?:key in )?\$?(.*)`$")
 _STEP: Final = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[(\d+|\.\.\.)\]")
 _UNKNOWN: Final = re.compile(r"^Object contains unknown field")
@@ -91,16 +93,12 @@ def loads(body: bytes, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALU
 
 
 def _bound_depth(body: bytes, most: int) -> None:
-    """Refuse nesting beyond `most` without recursion; strings are skipped."""
-    depth = 0
-    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', body):
-        first = token[0][:1]
-        if first in b"[{":
-            depth += 1
-            if depth > most:
-                raise ValueError("too deep")
-        elif first in b"]}":
-            depth -= 1
+    """Refuse nesting beyond `most` without recursion: what is left of the brackets when the innermost go, `most` times."""
+    left = _NO_BRACKET.sub(b"", body).translate(_ONE_KIND)
+    for _ in range(most):
+        left = left.replace(b"[]", b"")
+    if left:  # what does not fit together is refused by the parser as well
+        raise ValueError("too deep")
 
 
 def convert(value: Any, kind: type[S]) -> S:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, Literal
@@ -16,12 +17,16 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from keystore import Admin, Key, KeyVersion, MemberStatus
 from policy import Freeze, Gap
+from policy.sovereignty import CRITERIA, YEAR_US
 from policy.transfers import Agreement, instant
 from service.compliance import Report
 from service.containment import Contained
+from service.exceptions import Standing as Excepted
+from service.grants import Standing as Granted
 from service.outcome import RequestInvalid
 from service.quorum import Standing
 from service.rows import Operation
+from service.sovereignty import QUERIES, Figures
 from service.transfers import Transfers
 
 MAX_PLAINTEXT: Final = 65_536
@@ -47,7 +52,7 @@ VersionNumber = Annotated[int, Meta(ge=1, le=16_777_215)]
 Duration = Annotated[
     str, Meta(max_length=32, pattern="^P([0-9]{1,5}D)?(T([0-9]{1,5}H)?([0-9]{1,5}M)?([0-9]{1,6}S)?)?$")
 ]
-Fence = Annotated[int, Meta(ge=1, le=16_777_215)] | Annotated[str, Meta(pattern="^latest(-[0-9]{1,5})?$")]
+Fence = VersionNumber | Annotated[str, Meta(pattern="^latest(-[0-9]{1,5})?$")]
 Context = dict[str, str]
 Suite = Literal["0x0001", "0x0002", "0x0005"]
 Spec = Literal["AES_256", "HMAC_256", "HMAC_512", "RSA_3072", "RSA_4096", "EC_P256", "EC_P384", "ED25519"]
@@ -221,10 +226,14 @@ class KeyPolicyBody(Struct, forbid_unknown_fields=True, kw_only=True):
     egress: Places | None = None
     failover: list[PlaceName] | None = None
     purposes: Annotated[list[Purpose], Meta(min_length=1, max_length=32)] | None = None
+    min_decrypt_version: VersionNumber | None = None
+    min_encrypt_version: VersionNumber | None = None
     reason: Reason | None = None
 
 
 class PatchKeyBody(Struct, forbid_unknown_fields=True, kw_only=True):
+    """New values; what is left out stays. A fence only rises here: `POST /v1/keys/{key}/policy` lowers it, by a quorum."""
+
     description: Annotated[str, Meta(max_length=1_024)] | UnsetType = UNSET
     tags: Tags | UnsetType = UNSET
     rotation: RotationBody | UnsetType = UNSET
@@ -271,6 +280,34 @@ class WhyBody(Struct, forbid_unknown_fields=True):
     reason: Reason | None = None
 
 
+class GrantBody(Struct, forbid_unknown_fields=True):
+    """Who may do what with the key, until when. The encryption context must be exactly, or hold, what is given here."""
+
+    grantee: Annotated[str, Meta(min_length=1, max_length=512)]
+    operations: Annotated[list[Annotated[str, Meta(min_length=1, max_length=64)]], Meta(min_length=1, max_length=16)]
+    expires_at: Annotated[str, Meta(max_length=40)]
+    purpose: Purpose | None = None
+    context_equals: Context | None = None
+    context_subset: Context | None = None
+    max_uses: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
+    reason: Reason | None = None
+
+
+class ExceptionBody(Struct, forbid_unknown_fields=True):
+    """What is waived for which keys, where and why: `reach` lets callers be there, `egress` plaintexts. Left out
+    `not_before`: from now on."""
+
+    keys: Annotated[list[Annotated[str, Meta(min_length=1, max_length=134)]], Meta(min_length=1, max_length=100)]
+    kind: Annotated[str, Meta(max_length=32)]
+    places: Annotated[list[Annotated[str, Meta(min_length=1, max_length=64)]], Meta(min_length=1, max_length=64)]
+    purpose: Purpose
+    legal_basis: Annotated[str, Meta(min_length=1, max_length=64)]
+    legal_ref: Annotated[str, Meta(min_length=1, max_length=512)]
+    not_after: Annotated[str, Meta(max_length=40)]
+    not_before: Annotated[str, Meta(max_length=40)] | None = None
+    reason: Reason | None = None
+
+
 class ScopeBody(Struct, forbid_unknown_fields=True):
     """What a freeze stops: a kind, and which one of it. A region may be a jurisdiction or a group of the charter."""
 
@@ -279,8 +316,12 @@ class ScopeBody(Struct, forbid_unknown_fields=True):
 
 
 class FreezeBody(Struct, forbid_unknown_fields=True):
+    """`mode`: stop everything, only what gives data or material out, or every use while operators go on."""
+
     scope: ScopeBody
     reason: Reason
+    mode: Literal["halt", "no-release", "admin-only"] = "halt"
+    began: Moment | None = None  # the incident, for the time it took to detect
 
 
 class FreezeDrillBody(Struct, forbid_unknown_fields=True):
@@ -291,10 +332,15 @@ class FreezeDrillBody(Struct, forbid_unknown_fields=True):
 
 
 class SignatureBody(Struct, forbid_unknown_fields=True):
-    """An Ed25519 signature (hex) over `skms-approval/v1`, the request's kind and its digest, each followed by a newline."""
+    """A signature (hex) over `skms-approval/v1`, the request's kind and its digest, each followed by a newline.
+
+    By Ed25519 or by ECDSA on P-256 with SHA-256, as r and s of 32 bytes each with the smaller s. Of an approver with
+    `webauthn` it is an assertion whose challenge is the digest itself (of a revocation: SHA-256 of those lines), as compact
+    JSON with the sorted names authenticatorData, clientDataJSON, rawId and signature, each in base64url without padding.
+    """
 
     approver: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-    signature: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
+    signature: Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{2}){64,4096}$")]
 
 
 class DeletionBody(Struct, forbid_unknown_fields=True):
@@ -497,8 +543,113 @@ def freeze_json(freeze: Freeze, lifted_at: int | None) -> dict[str, Any]:
         "reason": freeze.reason,
         "officer": freeze.officer,
         "drill": freeze.drill,
+        "mode": freeze.mode,
         "since": moment(freeze.at),
+        "began": None if freeze.began is None else moment(freeze.began),
         "lifted_at": None if lifted_at is None else moment(lifted_at),
+    }
+
+
+def grant_json(standing: Granted) -> dict[str, Any]:
+    """A grant as the API shows it."""
+    grant = standing.grant
+    return {
+        "id": grant.id,
+        "key_id": grant.key,
+        "grantee": grant.grantee,
+        "operations": list(grant.operations),
+        "purpose": grant.purpose,
+        "context_equals": grant.context_equals,
+        "context_subset": grant.context_subset,
+        "max_uses": grant.max_uses,
+        "uses": standing.uses if grant.max_uses is not None else None,
+        "state": standing.state,
+        "granter": grant.granter,
+        "created_at": moment(grant.at),
+        "expires_at": moment(grant.ends),
+        "revoked_at": None if grant.revoked_at is None else moment(grant.revoked_at),
+    }
+
+
+def exception_json(standing: Excepted) -> dict[str, Any]:
+    """An exception as the API shows it: `request` and `approvals` are what was signed, and by whom."""
+    waiver = standing.waiver
+    return {
+        "id": waiver.id,
+        "tenant": waiver.tenant,
+        "keys": list(waiver.keys),
+        "kind": waiver.kind,
+        "places": list(waiver.places),
+        "purpose": waiver.purpose,
+        "legal_basis": waiver.legal_basis,
+        "legal_ref": waiver.legal_ref,
+        "tier": waiver.tier,
+        "state": standing.state,
+        "not_before": moment(waiver.begins),
+        "not_after": moment(waiver.ends),
+        "created_at": moment(waiver.at),
+        "revoked_at": None if waiver.revoked_at is None else moment(waiver.revoked_at),
+        "request": json.loads(waiver.request),
+        "approvals": dict(waiver.approvals or {}),
+    }
+
+
+def sovereignty_json(found: Figures) -> dict[str, Any]:
+    """The figures, and for each what it is counted from."""
+    size, root = found.checkpoint or (None, None)
+    spread, contained = found.diversity, found.containment
+    return {
+        "at": moment(found.at),
+        "policy": found.policy,
+        "checkpoint": None if size is None else {"size": size, "root": root},
+        "critical_systems": {
+            "query": QUERIES["critical_systems"],
+            "total": found.control.critical,
+            "sovereign": found.control.sovereign,
+            "share": found.control.share,
+            "criteria": [
+                {"criterion": name, "meaning": CRITERIA[name], "unmet": count}
+                for name, count in found.control.gaps.items()
+            ],
+            "systems": [
+                {"name": s.name, "tenant": s.tenant, "critical": s.critical, "gaps": list(s.gaps)}
+                for s in found.systems
+            ],
+        },
+        "exit": {
+            "query": QUERIES["exit"],
+            "since": moment(max(0, found.at - YEAR_US)),
+            "vendors": [
+                {
+                    "vendor": e.vendor,
+                    "succeeded": e.succeeded,
+                    "failed": e.failed,
+                    "mean_s": e.mean_s,
+                    "max_s": e.max_s,
+                    "refused": e.refused,
+                }
+                for e in found.exits
+            ],
+        },
+        "suppliers": {
+            "query": QUERIES["suppliers"],
+            "keys": spread.keys,
+            "approved": spread.approved,
+            "diversity": spread.index,
+            "suppliers": [
+                {"supplier": name, "share": share, "loss": spread.loss[name]} for name, share in spread.share.items()
+            ],
+        },
+        "containment": {
+            "query": QUERIES["containment"],
+            "since": moment(max(0, found.at - YEAR_US)),
+            "detected": dataclasses.asdict(contained.detected),
+            "real": dataclasses.asdict(contained.real),
+            "drills": dataclasses.asdict(contained.drills),
+            "open": contained.open,
+            "drilled": contained.drilled,
+        },
+        "deployments": {"query": QUERIES["deployments"], "active": found.nodes, "attested": 0, "tested": 0},
     }
 
 
@@ -816,8 +967,56 @@ class FreezeAnswer(Struct):
     reason: str
     officer: str
     drill: bool
+    mode: str
     since: str
+    began: str | None
     lifted_at: str | None
+
+
+class GrantAnswer(Struct):
+    """`uses` are counted for grants with `max_uses` alone."""
+
+    id: str
+    key_id: str
+    grantee: str
+    operations: list[str]
+    purpose: str
+    context_equals: dict[str, str] | None
+    context_subset: dict[str, str] | None
+    max_uses: int | None
+    uses: int | None
+    state: Literal["live", "ended", "used_up", "revoked"]
+    granter: str
+    created_at: str
+    expires_at: str
+    revoked_at: str | None
+
+
+class GrantList(Struct):
+    items: list[GrantAnswer]
+
+
+class ExceptionAnswer(Struct):
+    id: str
+    tenant: str
+    keys: list[str]
+    kind: Literal["reach", "egress"]
+    places: list[str]
+    purpose: str
+    legal_basis: str
+    legal_ref: str
+    tier: int
+    state: Literal["live", "not_yet", "ended", "revoked"]
+    not_before: str
+    not_after: str
+    created_at: str
+    revoked_at: str | None
+    request: dict[str, Any]
+    approvals: dict[str, str]
+
+
+class ExceptionList(Struct):
+    items: list[ExceptionAnswer]
 
 
 class TierBarAnswer(Struct):
@@ -861,6 +1060,97 @@ class BelowTierAnswer(Struct):
     home: str
     state: str
     missing: list[GapAnswer]
+
+
+class SovereigntyCheckpoint(Struct):
+    size: int
+    root: str
+
+
+class CriterionShown(Struct):
+    criterion: str
+    meaning: str
+    unmet: int
+
+
+class SystemShown(Struct):
+    name: str
+    tenant: str
+    critical: bool
+    gaps: list[str]
+
+
+class SystemsShown(Struct):
+    query: str
+    total: int
+    sovereign: int
+    share: float | None
+    criteria: list[CriterionShown]
+    systems: list[SystemShown]
+
+
+class ExitShown(Struct):
+    vendor: str
+    succeeded: int
+    failed: int
+    mean_s: float | None
+    max_s: float | None
+    refused: int
+
+
+class ExitsShown(Struct):
+    query: str
+    since: str
+    vendors: list[ExitShown]
+
+
+class SupplierShare(Struct):
+    supplier: str
+    share: float
+    loss: float
+
+
+class SuppliersShown(Struct):
+    query: str
+    keys: int
+    approved: int
+    diversity: float | None
+    suppliers: list[SupplierShare]
+
+
+class TimesShown(Struct):
+    count: int
+    median_s: float | None
+    p90_s: float | None
+    max_s: float | None
+
+
+class ContainmentShown(Struct):
+    query: str
+    since: str
+    detected: TimesShown
+    real: TimesShown
+    drills: TimesShown
+    open: int
+    drilled: bool
+
+
+class DeploymentsShown(Struct):
+    query: str
+    active: int
+    attested: int
+    tested: int
+
+
+class SovereigntyAnswer(Struct):
+    at: str
+    policy: str
+    checkpoint: SovereigntyCheckpoint | None
+    critical_systems: SystemsShown
+    exit: ExitsShown
+    suppliers: SuppliersShown
+    containment: ContainmentShown
+    deployments: DeploymentsShown
 
 
 class ComplianceAnswer(Struct):
@@ -994,6 +1284,8 @@ class DecisionAnswer(Struct):
     rules: list[dict[str, Any]]
     fixes: list[dict[str, Any]]
     transfers: list[dict[str, Any]]
+    grants: list[dict[str, Any]]
+    exceptions: list[dict[str, Any]]
 
 
 class TransferAnswer(Struct):

@@ -20,6 +20,7 @@ from audit.export import export
 from audit.index import IndexKey
 from audit.search import Search
 from audit.verify import Trust
+from databases import address
 from service.database import open_engine
 
 ORIGIN = "kms.example/audit"
@@ -53,7 +54,7 @@ class Lab:
     def __init__(self, directory: Path, *, url: str | None = None, key: bytes | None = None, make: bool = True) -> None:
         self.directory, self.signer = directory, MemorySigner(key)
         self.path = directory / "audit.db"
-        self.url = url or f"sqlite:///{self.path}"
+        self.url = url or address(directory, "audit")
         self.engine = open_engine(self.url)
         if make:
             with self.engine.begin() as connection:
@@ -68,6 +69,7 @@ class Lab:
     def writer(
         self, *, node: str = "n0", locks: str = "locks", clock: Callable[[], int] | None = None, **options: Any
     ) -> log.Log:
+        """A writer. How soon it gives up a commit is for tests of that: the others' disk may be busy."""
         facts = log.OpenFacts(cfg="0" * 64, dist="0" * 64, ver="1.0")
         return log.Log(
             options.pop("engine", self.engine),
@@ -79,6 +81,7 @@ class Lab:
             open_facts=facts,
             clock=clock or now,
             monotonic=time.monotonic,
+            deadline_s=options.pop("deadline_s", 60.0),
             **options,
         )
 

@@ -26,7 +26,7 @@ def injected(pid: int, calls: str, fault: str) -> Iterator[None]:
     tracer = subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE)
     assert tracer.stderr is not None
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while f"TracerPid:\t{tracer.pid}\n" not in Path(f"/proc/{pid}/status").read_text():
             if tracer.poll() is not None:
                 pytest.skip(f"strace cannot attach here: {tracer.stderr.read().decode()}")
@@ -35,7 +35,7 @@ def injected(pid: int, calls: str, fault: str) -> Iterator[None]:
         yield
     finally:
         tracer.terminate()
-        tracer.wait(10)
+        tracer.wait(60)
         tracer.stderr.close()
 
 
@@ -109,8 +109,9 @@ class Proxy:
                     self.done.append("refused")
                     break
                 how = self.cuts.pop(0) if b"COMMIT\0" in data and self.cuts else ""
+                if how:
+                    self.done.append(how)  # first: once it is cut, the client comes again at once
                 if how == "before":
-                    self.done.append(how)
                     break
                 if how == "after":
                     self._muted.append(client)
@@ -119,7 +120,6 @@ class Proxy:
                 server.sendall(data)
                 if how:
                     time.sleep(0.2 if how == "after" else 0)  # for the answer that is not passed on
-                    self.done.append(how)
                     break
         self._cut(client)
         self._cut(server)

@@ -53,7 +53,7 @@ class Nursery:
         receipts = []
         for line in self._process.stdout:
             if line.startswith(b"ended "):
-                tracer.wait(10)
+                tracer.wait(60)
                 tracer.stderr.close()
                 return int(line.split()[1]), receipts
             if line.endswith(b";\n") and line.startswith(b"log="):  # the last line may have been cut
@@ -80,7 +80,7 @@ def nursery(url: str, directory: Path, key: str) -> Iterator[Nursery]:
 
 def wait_until(pid: int, line: str) -> None:
     """Until the kernel says so of a process."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while line not in Path(f"/proc/{pid}/status").read_text():
         if time.monotonic() > deadline:
             pytest.skip(f"no {line!r} of a child: strace cannot attach here")

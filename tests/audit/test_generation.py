@@ -81,6 +81,7 @@ def writer(made: Lab, origin: str) -> Log:
         open_facts=OpenFacts(cfg="0" * 64, dist="0" * 64, ver="1.0"),
         clock=now,
         monotonic=time.monotonic,
+        deadline_s=60.0,
     )
 
 

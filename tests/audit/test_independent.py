@@ -21,13 +21,15 @@ from audit_lab import ORIGIN, MemorySigner
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 from forgery import FIRST, SECOND, CurveSigner, Export, Insider, make_export, replaced
 from test_checkpoint import C2SP_CHECKPOINT, GO_KEY, GO_NOTE, MALFORMED, VECTORS, corrupted, raw
 
 from audit import verify
 from audit.chain import ZERO, Chain, leaf_hash, parse_frame
-from audit.checkpoint import Checkpoint, format_vkey
+from audit.checkpoint import Checkpoint, Signature, format_vkey, parse_checkpoint, parse_note, with_cosignatures
 from audit.event import encode_plain
+from audit.postquantum import PostQuantumKey
 
 INDEPENDENT = Path(__file__).parents[2] / "audit" / "independent"
 
@@ -123,6 +125,25 @@ def test_all_accept_a_whole_export_and_compute_the_same_roots(whole: Export, ask
     for report in reports:
         assert (report["verdict"], report["findings"], report["anchored"]) == ("intact", [], True)
         assert report["logs"] == reports[0]["logs"]
+
+
+def test_all_pass_over_a_post_quantum_line_that_their_trust_does_not_name(damaged: Export, ask: Ask) -> None:
+    """An export of a log that ML-DSA-44 signs too stays verifiable by who knows the audit key alone."""
+    second = PostQuantumKey(ORIGIN, MLDSA44PrivateKey.generate())
+
+    def signed(note: bytes) -> bytes:
+        value = second.cosign(parse_checkpoint(parse_note(note).text), 1_800_000_000)
+        return with_cosignatures(note, Signature(second.key.name, second.key.id, value).line())
+
+    notes = [signed(note) for note in damaged.notes()]
+    damaged.list_notes(notes)
+    damaged.put_newest(notes[-1])
+    assert len(notes[-1]) > 3_000
+    assert agree(ask(damaged, "--receipts", str(damaged.receipts)), 0, "intact ")
+    # It counts for nothing: a note with that line alone is signed by nobody.
+    only = parse_note(notes[-1])
+    damaged.put_newest(only.text + b"\n" + only.signatures[-1].line())
+    assert agree(ask(damaged, "--receipts", str(damaged.receipts)), 1, "E_SIG ")
 
 
 def test_receipts_of_one_chain_leave_the_end_of_the_others_open(damaged: Export, ask: Ask) -> None:

@@ -74,7 +74,7 @@ def writing(url: str, directory: Path, key: str, *, under: Sequence[str] = (), c
     try:
         yield made
         process.terminate()
-        status = process.wait(20)
+        status = process.wait(60)
         assert not check or status == 0, (directory / "writing.log").read_text()[-3_000:]
     finally:
         process.kill()
@@ -104,7 +104,7 @@ async def _main(url: str, directory: Path, key: str) -> None:
     from audit_lab import Lab
 
     lab = Lab(directory, url=url, key=bytes.fromhex(key), make=False)
-    writer = lab.writer()
+    writer = lab.writer(deadline_s=2.0)
     await writer.start()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
+from databases import address
 from harness import ROOT, Files, officer, tls_of
+from service.dev import free_port
 
 NAMES = ("alice", "bob")
 
@@ -24,7 +24,7 @@ NAMES = ("alice", "bob")
 def written(files: Files, directory: Path, port: int) -> Path:
     """The development node's configuration with a port and a database of its own, and two approvers."""
     text = files.config_file.read_text()
-    text = re.sub(r'(?m)^url = ".*"', f'url = "sqlite:///{directory / "own.db"}"', text, count=1)
+    text = re.sub(r'(?m)^url = ".*"', f'url = "{address(directory)}"', text, count=1)
     text = re.sub(r'(?m)^state_dir = ".*"', f'state_dir = "{directory / "state"}"', text, count=1)
     text, changed = re.subn(r"(?m)^port = \d+", f"port = {port}", text, count=1)
     assert changed == 1
@@ -45,8 +45,8 @@ def launch(config: Path, files: Files, url: str) -> subprocess.Popen[bytes]:
             cwd=ROOT,
             start_new_session=True,
         )
-    until = time.monotonic() + 60
-    with httpx.Client(base_url=url, verify=tls_of(files, None), timeout=2) as probe:
+    until = time.monotonic() + 180
+    with httpx.Client(base_url=url, verify=tls_of(files, None), timeout=10) as probe:
         while time.monotonic() < until and process.poll() is None:
             try:
                 if probe.get("/readyz").status_code == 200:
@@ -60,18 +60,13 @@ def launch(config: Path, files: Files, url: str) -> subprocess.Popen[bytes]:
 def kill(process: subprocess.Popen[bytes]) -> None:
     """kill -9 of the node and its workers."""
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    process.wait(60)
 
 
 def test_people_destroy_a_key_at_the_command_line_though_the_node_is_killed_between(
-    dev_files: Files, tmp_path: Path, port: int
+    dev_files: Files, tmp_path: Path
 ) -> None:
+    port = free_port()
     config, url = written(dev_files, tmp_path, port), f"https://127.0.0.1:{port}"
 
     def skms(who: str, *arguments: str, status: int = 0) -> Any:

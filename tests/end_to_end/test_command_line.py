@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,16 @@ COMMANDS = {
     "list_hsms": "hsm status", "drain_hsm": "hsm drain", "undrain_hsm": "hsm undrain",
     "start_drill": "drill exit", "list_drills": "drill list", "get_drill": "drill show", "get_operation": "drill show",
     "drill_report": "drill report", "abort_drill": "drill abort", "confirm_drill": "drill confirm",
-    "get_compliance": "compliance", "get_policy": "policy show", "reload_policy": "policy reload",
+    "get_compliance": "compliance", "get_sovereignty": "sovereignty report",
+    "get_policy": "policy show", "reload_policy": "policy reload",
     "plan_policy": "policy plan", "apply_policy": "policy apply", "rollback_policy": "policy rollback",
     "freeze": "freeze start", "list_freezes": "freeze list", "get_freeze": "freeze show", "freeze_drill": "freeze drill",
     "lift_freeze": "freeze lift", "list_approvals": "approval list", "get_approval": "approval show",
     "sign_approval": "approval add", "cancel_approval": "approval cancel",
     "revoke_approval": "approval revoke",
+    "create_grant": "key grant", "list_grants": "key grants", "revoke_grant": "key revoke-grant",
+    "create_exception": "exception ask", "list_exceptions": "exception list", "get_exception": "exception show",
+    "revoke_exception": "exception revoke",
     "get_decision": "policy explain", "simulate_policy": "policy simulate",
     "list_transfers": "transfers report", "list_transfer_agreements": "transfers agreements",
     "create_token": "token create", "list_tokens": "token list", "revoke_token": "token revoke",
@@ -171,6 +176,28 @@ def test_exit_statuses_and_messages(
     assert says in told
 
 
+def test_a_grant_is_made_shown_and_taken_back_and_an_exception_needs_approvers(node: Served) -> None:
+    key = skms(node, "health-operator", "key", "create", "--spec", "AES_256", "--tier", "2", "--home", "eu-de-1")["id"]
+    to = skms(node, "health-eu-de-1", "whoami")["id"]
+    ends = (datetime.now(UTC) + timedelta(days=1)).isoformat(timespec="seconds").replace("+00:00", "Z")
+    grant = ("key", "grant", key, "--to", to, "--operation", "decrypt", "--operation", "rewrap", "--expires-at", ends)
+    more = ("--context-subset", "study=onco", "--max-uses", "5")
+    made = skms(node, "health-officer", *grant, *more)
+    assert (made["operations"], made["context_subset"], made["uses"]) == (["decrypt", "rewrap"], {"study": "onco"}, 0)
+    assert "policy_denied" in skms(node, "health-operator", *grant, status=3)
+    assert "expires_at" in skms(node, "health-officer", *grant[:-1], "2020-01-01T00:00:00Z", status=2)
+    assert [g["id"] for g in skms(node, "health-auditor", "key", "grants", key)] == [made["id"]]
+    skms(node, "health-officer", "key", "revoke-grant", key, made["id"])
+    assert skms(node, "health-auditor", "key", "grants", key)[0]["state"] == "revoked"
+    skms(node, "health-officer", "key", "revoke-grant", key, made["id"], status=4)
+    basis = ("--purpose", "default", "--legal-basis", "eu-law", "--legal-ref", "Article 49", "--not-after", ends)
+    asked = ("exception", "ask", "--key", key, "--kind", "reach", "--place", "FR", *basis)
+    assert "approval_refused" in skms(node, "health-officer", *asked, status=3)
+    assert skms(node, "health-auditor", "exception", "list") == []
+    for command in ("show", "revoke"):
+        skms(node, "health-officer", "exception", command, made["id"], status=4)
+
+
 def test_transfers_are_reported_and_a_missing_agreement_is_explained(node: Served) -> None:
     create = (
         "key",
@@ -227,6 +254,18 @@ def test_signing_tokens_policy_and_audit_from_the_command_line(node: Served, tmp
     assert skms(node, "platform", "hsm", "status")[0]["state"] == "UP"
     found = skms(node, "health-auditor", "audit", "search", "--op", "sign")
     assert {r["record"]["op"] for r in found} == {"sign"}
+
+
+def test_the_report_on_sovereignty_comes_as_table_json_and_page(node: Served, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    told = skms(node, "platform", "sovereignty", "report", "--html", str(page))
+    command = [sys.executable, "-m", "service.cli.main", "--dev-dir", str(node.directory), "--identity", "platform"]
+    asked = [*command, "sovereignty", "report"]
+    table = subprocess.run(asked, capture_output=True, cwd=ROOT, check=True, env={**os.environ, "COLUMNS": "200"})
+    assert b"critical systems under sovereign" in table.stdout
+    assert page.read_text().startswith("<!doctype html>")
+    assert told["critical_systems"]["share"] is None
+    assert told["suppliers"]["query"] in page.read_text()
 
 
 def test_compliance_has_a_status_of_its_own_while_a_key_is_below_its_tier(node: Served) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sqlite3
 import subprocess
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
+from databases import POSTGRESQL, behind
 from harness import Served, served, skms
 
 A, B = "softhsm-eu-de-1", "softhsm-eu-de-1-2"
@@ -215,8 +215,9 @@ def test_a_key_that_differs_stops_the_drill_and_is_named(pair: Served, platform:
     with pair.client("health-operator") as operator:
         body = {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}
         key = operator.post("/v1/keys", json=body, headers=fresh()).json()["id"]
-    database = pair.directory / "skms.db"
-    forge(database, f"UPDATE keystore_version SET blob = zeroblob(72) WHERE key_id = '{key}'")
+    database = pair.environment["database_url"]
+    zeros = "decode(repeat('00', 72), 'hex')" if POSTGRESQL else "zeroblob(72)"
+    forge(database, f"UPDATE keystore_version SET blob = {zeros} WHERE key_id = '{key}'")
     drill = begin(platform)["id"]
     until(lambda: platform.get(f"/v1/drills/{drill}").json()["state"] == "failed")
     result = platform.get(f"/v1/drills/{drill}").json()["result"]
@@ -225,10 +226,8 @@ def test_a_key_that_differs_stops_the_drill_and_is_named(pair: Served, platform:
     forge(database, f"DELETE FROM keystore_key WHERE key_id = '{key}'")
 
 
-def forge(database: Path, statement: str) -> None:
-    with contextlib.closing(sqlite3.connect(database, timeout=10)) as db, db:
-        db.execute(statement)
-        db.execute("UPDATE keystore_epoch SET epoch = epoch + 1")
+def forge(database: str, statement: str) -> None:
+    behind(database, statement, "UPDATE keystore_epoch SET epoch = epoch + 1")
 
 
 def test_what_cannot_be_drilled_is_refused_with_its_reason(platform: httpx.Client) -> None:
@@ -275,3 +274,22 @@ def test_the_log_verifies_with_the_keys_of_both_tokens(pair: Served) -> None:
     from audit.verify import main
 
     assert main([str(exported), "--trust", str(trust), "--accept-unanchored"]) == 0
+
+
+def test_neither_a_drill_nor_a_join_brings_material_outside_its_residency(
+    pair: Served, keys: list[str], platform: httpx.Client
+) -> None:
+    """The last one here: the charter says of the second token that it stands elsewhere, and no key is usable then."""
+    charter = pair.directory / "policy/charter.yaml"
+    read = yaml.safe_load(charter.read_text())
+    read["copies"] = {B: {"kind": "wrap", "of": "eu-de-1", "places": ["eu-fr-1"]}}
+    charter.write_text(yaml.safe_dump(read | {"version": read["version"] + 1}))
+    assert platform.post("/v1/policy/reload").status_code == 200
+    told = f"key -wrap-> root:eu-de-1 -wrap-> {B} in eu-fr-1, outside eu-de-1"
+    body = {"kind": "exit", "from": A, "to": B, "observe": "PT1S", "window": "PT1S"}
+    answer = platform.post("/v1/drills", json=body, headers=fresh())
+    assert (answer.status_code, answer.json()["code"]) == (409, "hsm_state_invalid")
+    assert told in answer.json()["detail"]
+    joined = skms("hsm", "join", "--config", str(pair.directory / "skms.toml"), "--from", A, "--to", B)
+    assert joined.returncode != 0
+    assert told in " ".join(joined.stderr.decode().split())

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from harness import Lab
+from harness import Lab, shows
 
 REGIONS = ("eu-de-1", "eu-fr-1", "us-mkt-1")
 TIERS: dict[int, dict[str, Any]] = {
@@ -111,10 +111,11 @@ class Keys:
         """Let the waiting time of the keys that shall be destroyed pass, until the scheduler has destroyed them."""
         operator, clock = self.lab.client("health-operator"), self.lab.clock
         clock.ahead += 8 * 86_400 * 1_000_000
-        for usage, tier in itertools.product(SPECS, TIERS):
-            while await self._state(operator, self.ids[usage, tier, "destroyed"]) != "destroyed":
-                await asyncio.sleep(0.05)
-        clock.ahead = 0
+        try:
+            for usage, tier in itertools.product(SPECS, TIERS):
+                await shows(operator, self.ids[usage, tier, "destroyed"], seconds=180, state="destroyed")
+        finally:
+            clock.ahead = 0
 
     async def read_all(self) -> None:
         """Have every row checked: a worker asks its HSM about a row that it reads for the first time."""

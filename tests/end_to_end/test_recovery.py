@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from audit.anchors import checkpoint_in
 from audit.event import decode_recovery
 from audit.generation import KIND, RecoveryRefused, digest_of
+from databases import address
 from harness import Files, lab_of, new_key, officer, skms
 from service.approvals import ApprovalRefused, approve
 from service.config import load
@@ -31,7 +32,7 @@ def written(files: Files, directory: Path) -> Path:
     for option, value in {
         "name": "n8",
         "state_dir": str(directory / "state"),
-        "url": f"sqlite:///{directory / 'own.db'}",
+        "url": address(directory, "own"),
     }.items():
         text = re.sub(rf'(?m)^{option} = ".*"', f'{option} = "{value}"', text, count=1)
     for name in ("alice", "bob"):
@@ -45,7 +46,7 @@ def written(files: Files, directory: Path) -> Path:
 async def anchored(config_file: Path, *, beyond: int) -> int:
     """Wait until the node's own anchor has seen more than this."""
     path = load(config_file).node.state_dir / "anchors" / "n8.last-checkpoint"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         if path.exists() and (size := checkpoint_in(path.read_bytes()).size) > beyond:
             return size

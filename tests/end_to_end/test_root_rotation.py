@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import httpx
 import pytest
 
 import softhsm
+from databases import address, behind
 from harness import Served, served, skms
 
 KEYS = 60
@@ -42,8 +42,8 @@ def make(client: httpx.Client, number: int) -> str:
 
 def keks(directory: Path) -> dict[str, int]:
     """How many key versions are under each root KEK."""
-    with sqlite3.connect(directory / "skms.db", timeout=10) as db:
-        return dict(db.execute("SELECT kek, count(*) FROM keystore_version GROUP BY kek").fetchall())
+    rows = behind(address(directory), "SELECT kek, count(*) FROM keystore_version GROUP BY kek")
+    return {str(kek): int(count) for kek, count in rows}
 
 
 class Traffic:

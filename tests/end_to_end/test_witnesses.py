@@ -28,6 +28,7 @@ from audit.tables import batch_table, checkpoint_table
 from audit.verify import load_trust
 from audit.witness import MAX_BODY, SIZE_TYPE, Submission
 from contracts.witness_contract import LEAVES, LOG, ORIGIN, OTHER, note_of, submission
+from databases import address
 from harness import ROOT, Files, prepared, skms, tls_of
 from service.database import open_engine, reader
 from service.witnesses import new_cosigner
@@ -150,7 +151,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, O
 
 def exported(node: Operator, partner: Operator, to: Path) -> Path:
     """An export of a moment when the partner had just cosigned the newest checkpoint."""
-    engine = open_engine(f"sqlite:///{node.files.directory / 'skms.db'}")
+    engine = open_engine(address(node.files.directory))
     newest = sa.select(checkpoint_table.c.cosigs).order_by(checkpoint_table.c.size.desc()).limit(1)
     deadline, line = time.monotonic() + 60, f"{partner.name}.example/w ".encode()
     with engine.execution_options(reading=True).connect() as connection:
@@ -234,7 +235,7 @@ def test_what_cannot_be_cosigned_is_answered_as_c2sp_says(pair: tuple[Operator, 
 
 def recorded(node: Operator) -> tuple[int, int]:
     """(refusals of strangers that have a record of their own, those that were only counted)."""
-    engine = open_engine(f"sqlite:///{node.files.directory / 'skms.db'}")
+    engine = open_engine(address(node.files.directory))
     with reader(engine).connect() as connection:
         bundles = connection.execute(sa.select(batch_table.c.entries)).scalars().all()
     engine.dispose()

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.keywrap import (
     aes_key_wrap_with_padding,
 )
 
+from databases import address
 from keystore import (
     EXTERNAL,
     Catalog,
@@ -291,7 +292,8 @@ class Lab:
         return self.random(length)  # a test may exchange it later
 
     def _open(self) -> sa.Engine:
-        engine = sa.create_engine(self.url)
+        waits = {"timeout": 60} if self.url.startswith("sqlite") else {}  # for a lock, on a busy machine
+        engine = sa.create_engine(self.url, connect_args=waits)
         if engine.dialect.name == "sqlite":
 
             @sa.event.listens_for(engine, "connect")
@@ -403,7 +405,7 @@ def new_key(spec: KeySpec = KeySpec.AES_256, **facts: Any) -> NewKey:
 
 @contextmanager
 def sqlite_lab(directory: Path, **options: Any) -> Iterator[Lab]:
-    lab = Lab(f"sqlite:///{directory / 'keys.db'}", **options)
+    lab = Lab(address(directory), **options)
     try:
         yield lab
     finally:

@@ -16,6 +16,7 @@ from sqlalchemy import text
 
 from keystore import (
     AliasInUse,
+    Bounds,
     Envelope,
     InputRefused,
     Key,
@@ -350,6 +351,12 @@ def test_fences_refuse_older_versions(lab: Lab) -> None:
                 lab.store.seal(key, b"x", {}, version=number)
         else:
             assert opening(lab, blob)(key) == b"hello"
+    with pytest.raises(InputRefused, match="takes approvals") as lowered:
+        lab.store.plan_update(key, min_decrypt_version=2)
+    assert (lowered.value.pointer, lowered.value.code) == ("/min_decrypt_version", "lowers")
+    with pytest.raises(InputRefused, match="between 1 and the latest"):
+        lab.store.plan_bounds(key, Bounds(min_decrypt_version=5))
+    key = lab.apply(lab.store.plan_bounds(key, Bounds(min_decrypt_version=1)))
     key = lab.apply(lab.store.plan_update(key, min_decrypt_version=1, min_encrypt_version=4))
     assert opening(lab, made[0])(key) == b"hello"
     with pytest.raises(VersionFenced):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from keystore_lab import Lab, new_key
 
+from databases import address
 from keystore import (
     Envelope,
     InputRefused,
@@ -67,7 +68,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
-        self.lab = Lab(f"sqlite:///{Path(self.directory.name) / 'keys.db'}")
+        self.lab = Lab(address(Path(self.directory.name)))
         self.workers = [self.lab.store, self.lab.worker()]
         self.models: dict[str, Model] = {}
 
@@ -193,7 +194,7 @@ class Machine(RuleBasedStateMachine):
     @rule(name=keys, worker=st.integers(0, 1), fence=st.integers(1, 4))
     def fence(self, name: str, worker: int, fence: int) -> None:
         model = self.models[name]
-        allowed = model.state != "destroyed" and fence <= model.versions
+        allowed = model.state != "destroyed" and model.fence <= fence <= model.versions
         expect = None if allowed else (KeyDestroyed if model.state == "destroyed" else InputRefused)
         if self.change(worker, name, lambda s, k: s.plan_update(k, min_decrypt_version=fence), expect):
             model.fence = fence

@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+import uuid
+from collections import Counter
 from pathlib import Path
 
 import cedarpy
 import pytest
 
 from cedar_engines import Engines, facts, key, principal
-from policy import BundleRefused, Policy
-from policy.bundle import SHIPPED
+from policy import BundleRefused, Policy, selftest
+from policy.bundle import SHIPPED, read, schema
 from policy.compiler import Action, Entity, _like, uid
+from policy.oracle import Oracle, Slices
 
 SMALL = cedarpy.Schema.from_str(
     "namespace K { entity R; } entity G; entity K {p: Set<G>}; entity U in [G] {b: Bool, n: Long, s: String};"
@@ -180,17 +183,21 @@ def test_trap_5_a_reload_while_others_decide_never_skips_a_rule() -> None:
     permits = "".join(f'@id("p{n}") permit (principal, action, resource);' for n in range(50))
     text = permits + '@id("f") forbid (principal, action, resource);'
     now = [Engines(text, by=SMALL, actions=ACTIONS)]
-    over, seen = time.monotonic() + 0.5, set[bool]()
+    over, seen, begun = threading.Event(), set[bool](), threading.Barrier(4)
 
     def decide() -> None:
-        while time.monotonic() < over:
+        begun.wait()
+        while not over.is_set():
             seen.add(now[0].ours(USER, "d", THING, {}).allowed)
 
     threads = [threading.Thread(target=decide) for _ in range(3)]
     for thread in threads:
         thread.start()
-    while time.monotonic() < over:
+    begun.wait()
+    until = time.monotonic() + 0.5
+    while not seen or time.monotonic() < until:
         now[0] = Engines(text, by=SMALL, actions=ACTIONS)
+    over.set()
     for thread in threads:
         thread.join()
     assert seen == {False}
@@ -206,3 +213,39 @@ def test_files_that_did_not_change_are_not_compiled_again(bundle: Path) -> None:
     same = {path for path, part in second._bundle.parts.items() if part is first._bundle.parts[path]}
     assert same == set(first._bundle.parts) - {ROLES}
     assert second.digest == Policy.load(bundle).digest
+
+
+def test_what_can_concern_a_resource_decides_as_the_whole_bundle_does(bundle: Path) -> None:
+    """The self-test asks Cedar of a tenant's own rules and the common ones: no other rule may have a say."""
+    key = str(uuid.uuid4())
+    (bundle / "keys").mkdir()
+    (bundle / f"keys/{key}.cedar").write_text(
+        '@id("k.stop") @layer("key") @code("KEY-STOP") '
+        f'forbid (principal, action in Action::"use", resource == Key::"{key}");'
+    )
+    found = read(bundle)
+    whole = Oracle(found.text, schema())
+    slices = Slices({path: part.text for path, part in found.parts.items()}, schema())
+    deciding: Counter[str] = Counter()
+    for request in selftest.requests(found, 1_500):
+        opinion = whole.decide(request)
+        assert slices.of(request.resource).decide(request) == opinion
+        deciding.update(found.rules[rule].file.split("/")[0] for rule in opinion.rules)
+    assert min(deciding[layer] for layer in ("charter", "installation", "tenants", "keys")) > 10, deciding
+
+
+def test_a_bundle_takes_over_what_did_not_change_and_keeps_nothing_else(bundle: Path) -> None:
+    first = Policy.load(bundle)
+    second = Policy.load(bundle, known=first)
+    assert first._slices is not None
+    assert second._slices is not None
+    assert set(second._slices._made) == set(first._slices._made)
+    assert all(second._slices._made[text] is oracle for text, oracle in first._slices._made.items())
+    roles = bundle / "tenants/health/00-roles.cedar"
+    roles.write_text(roles.read_text() + "// changed\n")
+    third = Policy.load(bundle, known=second)
+    assert third._slices is not None
+    taken = [text for text, oracle in third._slices._made.items() if oracle is second._slices._made.get(text)]
+    assert taken
+    assert not any("health" in text for text in taken)
+    assert third._slices._known == {}

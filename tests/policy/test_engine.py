@@ -83,9 +83,9 @@ READ = ["describe", "publicKey"]
 MAY: dict[str, set[str]] = {
     "workload": {*USE, *READ, "deriveSharedSecret", "decapsulate"},
     "operator": {*LIFE, *READ},
-    "officer": {"suspend", "revoke", "revokeVersion", "grant", *READ},
+    "officer": {"suspend", "revoke", "revokeVersion", "grant", "readGrants", *READ},
     "custodian": {*READ},
-    "auditor": {*READ},
+    "auditor": {"readGrants", *READ},
     "scheduler": {"rotate", "completeDeletion", "suspend"},
     "platform": set(),
 }

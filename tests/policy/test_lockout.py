@@ -8,7 +8,7 @@ import pytest
 
 from policy import LockedOut, Policy
 from policy.bundle import SHIPPED
-from policy.lockout import POWERS, check, holders, lost, strictest
+from policy.lockout import POWERS, check, holders, lost, lowered, parted, strictest
 from policy.plan import files, told
 
 NOW = 1_800_000_000
@@ -82,6 +82,39 @@ def test_a_power_that_somebody_else_still_holds_is_not_lost(shipped: Policy) -> 
 def test_the_most_that_the_rules_ask_for_is_what_destroying_a_tier_1_key_takes(shipped: Policy) -> None:
     fewer = changed(shipped, {CHARTER: ("context.approvals < 3)", "context.approvals < 2)")})
     assert (strictest(shipped, now=NOW), strictest(fewer, now=NOW)) == (3, 2)
+
+
+def test_a_quorum_is_not_lowered_by_taking_away_first_who_could_meet_it(shipped: Policy) -> None:
+    nobody = {f"tenants/{t}/00-roles.cedar": (f'Role::"{t}/op', f'Role::"{t}/no') for t in ("health", "defence")}
+    nobody[MEMBERS] = ('role: "operator"', 'role: "auditor"')
+    assert strictest(changed(shipped, nobody), now=NOW) == 3
+
+
+def test_what_a_draft_asks_fewer_approvals_for_is_told_by_what_was_asked(shipped: Policy) -> None:
+    rule = (
+        '@id("health.four-eyes-twice") @layer("tenant") @code("HEALTH-QUORUM")\nforbid (principal, '
+        'action == Action::"destroy", resource in Tenant::"health")\nwhen { context.approvals < 4 };\n'
+    )
+    first = '@id("health.workload-use")'
+    strict = changed(shipped, {RULES: (first, rule + first)})
+    three = changed(shipped, {RULES: (first, rule.replace("< 4", "< 3") + first)})
+    assert strictest(strict, now=NOW) == 4
+    assert [lowered(a, b, now=NOW) for a, b in ((strict, shipped), (strict, three), (three, shipped))] == [4, 4, 3]
+    assert [lowered(a, b, now=NOW) for a, b in ((shipped, strict), (three, strict), (strict, strict))] == [0, 0, 0]
+
+
+def test_a_person_of_two_logins_who_becomes_two_or_loses_one_is_noticed(shipped: Policy) -> None:
+    linked = changed(shipped, {MEMBERS: ("health-p3", "health-p2")})
+    gone = changed(linked, {MEMBERS: ('/custodian-1"', '/custodian-2"')})
+    custodian, officer = (f"{PEOPLE}/{who}-1" for who in ("custodian", "officer"))
+    assert parted(shipped.registry, linked.registry) == ()
+    assert parted(linked.registry, gone.registry) == (custodian,)
+    split = changed(linked, {MEMBERS: ('role: "officer", person: "health-p2"', 'role: "officer", person: "health-p9"')})
+    assert parted(linked.registry, split.registry) == (officer,)
+    assert parted(linked.registry, changed(linked, {MEMBERS: ("health-p2", "health-p9")}).registry) == (
+        custodian,
+        officer,
+    )
 
 
 def test_a_tenant_leaves_only_when_nothing_of_it_is_left(shipped: Policy) -> None:

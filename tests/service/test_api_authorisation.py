@@ -14,8 +14,11 @@ import pytest
 
 from harness import Lab, new_key
 from policy import Policy
+from service.dev import domain
 from service.protocols.native import ROUTES
 from service.protocols.openapi import document
+from service.protocols.wire import moment
+from service.wiring import now
 
 B64 = base64.b64encode(b"hello").decode()
 
@@ -25,6 +28,8 @@ AUDITED: dict[str, Any] = {"size": 1, "chain": "n-0", "seq": 0, "tenant": "healt
     "decision": OPERATION,
     "freeze": OPERATION,
     "approval": OPERATION,
+    "grant": OPERATION,
+    "exception": OPERATION,
 }
 
 
@@ -47,6 +52,9 @@ def body_of(path: str, method: str, key: str, ciphertext: str, wrapped: str) -> 
         return {"key": key}
     if path == "/v1/freezes":
         return {"scope": {"kind": "key", "value": key}, "reason": {"code": "incident"}}
+    if path == "/v1/exceptions":
+        waived = {"keys": [key], "kind": "reach", "places": ["FR"], "purpose": "default", "legal_basis": "eu-law"}
+        return {**waived, "legal_ref": "Article 49", "not_after": moment(now() + 3_600_000_000)}
     if path == "/v1/tokens":
         return {"scopes": ["listKeys"]}
     if path.startswith("/v1/batch/"):
@@ -69,6 +77,11 @@ def body_of(path: str, method: str, key: str, ciphertext: str, wrapped: str) -> 
         "random": {"bytes": 16},
         "schedule-deletion": {"wait": "P30D"},
         "policy": {"tier": 3},
+        "grants": {
+            "grantee": f"mtls:{domain('eu-de-1')}:/health/workload/health-eu-de-1",
+            "operations": ["encrypt"],
+            "expires_at": moment(now() + 3_600_000_000),
+        },
         "signatures": {"approver": "nobody", "signature": "0" * 128},
         "revocations": {"approver": "nobody", "signature": "0" * 128},
         "import-parameters": {"wrapping": "RSAES_OAEP_SHA_1"},
@@ -327,9 +340,14 @@ GRANTS = {
     "cancelDeletion": {("POST", "/v1/keys/{key}/cancel-deletion")},
     "destroy": {("POST", "/v1/keys/{key}/destroy")},
     "setPolicy": {("POST", "/v1/keys/{key}/policy")},
+    "grant": {("POST", "/v1/keys/{key}/grants"), ("DELETE", "/v1/keys/{key}/grants/{grant}")},
+    "readGrants": {("GET", "/v1/keys/{key}/grants")},
     "updateKey": {("PATCH", "/v1/keys/{key}")},
     "setAlias": {("PUT", "/v1/aliases/{name}")},
     "explainDecision": {("GET", "/v1/policy/decisions/{decision}"), ("POST", "/v1/policy/simulate")},
+    "requestException": {("POST", "/v1/exceptions")},
+    "revokeException": {("DELETE", "/v1/exceptions/{exception}")},
+    "readExceptions": {("GET", "/v1/exceptions"), ("GET", "/v1/exceptions/{exception}")},
     "readTransfers": {("GET", "/v1/transfers"), ("GET", "/v1/transfer-agreements")},
     "readAudit": {
         *{("GET", f"/v1/audit/{what}") for what in ("records", "status", "checkpoint", "checkpoint/{size}")},
@@ -337,10 +355,17 @@ GRANTS = {
         ("GET", "/v1/audit/tile/entries/{tile}"),
     },
 }
-ON_TENANT = {"random", "listKeys", "createKey", "createToken", "readAudit", "explainDecision", "readTransfers"}
+ON_TENANT = {"random", "listKeys", "createKey", "createToken", "readAudit", "explainDecision", "readTransfers"} | {
+    "requestException",
+    "revokeException",
+    "readExceptions",
+}
 UNTRIED = {
     ("DELETE", "/v1/tokens/{id}"),
     ("POST", "/v1/keys/{key}/cancel-deletion"),
+    ("DELETE", "/v1/exceptions/{exception}"),  # tests/service/test_exceptions.py has exceptions
+    ("GET", "/v1/exceptions/{exception}"),
+    ("DELETE", "/v1/keys/{key}/grants/{grant}"),  # tests/service/test_grants.py has grants to take back
     ("GET", "/v1/policy/decisions/{decision}"),  # tests/service/test_explain.py has decisions to ask for
 }
 OPEN = {"/v1/whoami", "/v1/tenants", "/v1/regions", "/v1/policy", "/v1/hsms"}  # what every credential may know

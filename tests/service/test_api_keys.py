@@ -396,6 +396,32 @@ async def test_W6_a_bad_item_harms_no_other_and_each_has_its_record(lab: Lab) ->
 
 
 @pytest.mark.anyio
+async def test_what_a_batch_remembers_of_a_decision_is_what_each_item_would_be_told(lab: Lab) -> None:
+    key = await new_key(lab, "AES_256", purposes=["care", "billing"])
+    client = lab.client("health-eu-de-1")
+    uses: list[dict[str, Any]] = [
+        {"purpose": "care"},
+        {"purpose": "billing"},
+        {"purpose": "care", "destination": ["us-mkt-1"]},
+        {"purpose": "research"},
+        {},
+    ]
+    singles = [await client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64, **use}) for use in uses]
+    assert [a.status_code for a in singles[:3]] == [200, 200, 200]
+    items = [{"key": key, "plaintext": B64, **use} for use in uses * 3]
+    told = (await client.post("/v1/batch/encrypt", json={"items": items})).json()
+    assert [r["status"] for r in told["results"]] == [a.status_code for a in singles] * 3
+    found = (await lab.client("health-auditor").get("/v1/audit/records?page_size=100")).json()["items"]
+    records = [r["record"] for r in found if r["record"].get("key") == key and r["record"]["op"] == "encrypt"]
+    of_items = sorted((r for r in records if "bi" in r), key=lambda r: r["bi"])
+    of_singles = sorted((r for r in records if "bi" not in r), key=lambda r: r["ts"])
+    apart = {"id", "ts", "us", "req", "alg", "out_len", "bi", "batch", "facts"}  # facts: the digest has the time
+    shown = [{n: v for n, v in r.items() if n not in apart} for r in (*of_singles, *of_items)]
+    assert len(shown) == 20
+    assert shown[5:] == shown[:5] * 3
+
+
+@pytest.mark.anyio
 async def test_a_batch_of_one_key_costs_one_derivation(lab: Lab, pkcs11_calls: Any) -> None:
     key = await new_key(lab, "AES_256")
     client = lab.client("health-eu-de-1")

@@ -49,7 +49,7 @@ def trust_of(lab: Lab) -> Trust:
 
 async def get(lab: Lab, name: str | None, path: str, *, status: int = 200) -> Any:
     """The answer, once a checkpoint covers what is asked for."""
-    for _ in range(150):
+    for _ in range(600):
         answer = await lab.client(name).get(path)
         if answer.status_code != 503:
             break
@@ -97,7 +97,7 @@ async def test_every_auditor_reads_checkpoints_their_growth_and_the_root_logs_ti
     old = (await get(lab, "health-auditor", "/v1/audit/checkpoint")).content
     size = trusted_checkpoint(old, trust).size
     await made_record(lab, "health-operator")
-    for _ in range(100):
+    for _ in range(600):
         newest = await get(lab, auditor, "/v1/audit/checkpoint")
         if trusted_checkpoint(newest.content, trust).size > size:
             break
@@ -191,7 +191,7 @@ async def test_a_tenant_takes_home_its_whole_record_and_no_one_elses(lab: Lab, a
 
 async def test_the_status_names_every_chain_and_the_newest_checkpoint(lab: Lab) -> None:
     await get(lab, "health-auditor", "/v1/audit/checkpoint")
-    for _ in range(100):
+    for _ in range(600):
         shown = (await get(lab, "health-auditor", "/v1/audit/status")).json()
         if shown["checkpoint"] is not None:
             break

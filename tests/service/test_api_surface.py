@@ -16,7 +16,7 @@ MARK = "TOPSECRET-6f0e"
 OPERATION = "00000000-0000-4000-8000-000000000000"
 AUDITED: dict[str, Any] = (
     {"size": 1, "chain": "n-0", "seq": 0, "tenant": "health", "level": 0, "tile": "000.p/1"}
-    | {"decision": OPERATION, "freeze": OPERATION, "approval": OPERATION}
+    | {"decision": OPERATION, "freeze": OPERATION, "approval": OPERATION, "grant": OPERATION, "exception": OPERATION}
     | {"origin": "0" * 64}
 )
 B64 = base64.b64encode(b"hello").decode()
@@ -61,9 +61,9 @@ MALFORMED = {
 @pytest.mark.parametrize("name", sorted(MALFORMED))
 async def test_W_01_W_02_malformed_json_is_a_typed_4xx_that_names_no_value(lab: Lab, name: str) -> None:
     key = await new_key(lab, "AES_256")
-    begun = time.perf_counter()
+    begun = time.thread_time()  # the event loop's own work: not its wait for a busy machine's disk
     answer = await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", content=MALFORMED[name], headers=JSON)
-    took = time.perf_counter() - begun
+    took = time.thread_time() - begun
     assert answer.status_code in {400, 413, 422}, (name, answer.status_code, answer.text)
     shown = answer.json()
     assert shown["code"] in {"request_malformed", "validation_failed", "payload_too_large"}

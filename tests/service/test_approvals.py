@@ -33,6 +33,7 @@ def test_A_20_whatever_is_not_two_officers_right_approvals_is_refused(officers: 
     alice, bob = (approve(KIND, DIGEST, name=n, key_file=tmp_path / f"{n}.key") for n in ("alice", "bob"))
     as_bob = approve(KIND, DIGEST, name="bob", key_file=tmp_path / "alice.key")
     twice = [*officers, Approver("alias", officers[0].key)]
+    linked = [replace(o, identities=(f"mtls:x:/{o.name}", "mtls:x:/shared")) for o in officers]
     as_alias = replace(alice, approver="alias")
     other = approve(KIND, "cd" * 32, name="bob", key_file=tmp_path / "bob.key")
     for given, known, why in (
@@ -40,6 +41,7 @@ def test_A_20_whatever_is_not_two_officers_right_approvals_is_refused(officers: 
         ([alice], officers, "1 of 2"),
         ([alice, alice], officers, "one officer"),
         ([alice, as_alias], twice, "one officer"),
+        ([alice, bob], linked, "one officer"),
         ([alice, as_bob], officers, "false"),
         ([alice, other], officers, "another request"),
         ([alice, replace(bob, kind="key-destroy")], officers, "another request"),

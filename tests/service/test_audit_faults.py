@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -12,48 +13,70 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 from msgspec import structs
 
 from audit.clock import confirmation
-from harness import ROOT, Files, Lab, lab_of, new_key, skms
+from databases import address, behind, sqlite_only
+from harness import ROOT, Files, Lab, lab_of, skms, until, with_database
 from postgres import Cluster
 from service.serve import FENCED
 
+DEADLINE_S = 2.0
+ANSWERED_S = 15.0  # without a deadline an answer would never come; this much a busy machine may add to it
 
+
+@sqlite_only
 @pytest.mark.anyio
-async def test_S_04_a_node_whose_database_is_locked_answers_503_and_says_why_and_comes_back(lab: Lab) -> None:
-    key = await new_key(lab, "AES_256")
-    client, body = lab.client("health-eu-de-1"), {"plaintext": "eA=="}
-    assert (await client.post(f"/v1/keys/{key}/encrypt", json=body)).status_code == 200
-    blocker = sqlite3.connect(lab.files.config.database.url.removeprefix("sqlite:///"), isolation_level=None)
-    blocker.execute("PRAGMA busy_timeout=10000")
-    blocker.execute("BEGIN IMMEDIATE")
-    try:
-        begun = time.monotonic()
-        answers = await asyncio.gather(*(client.post(f"/v1/keys/{key}/encrypt", json=body) for _ in range(8)))
-        assert time.monotonic() - begun < 4
-        for answer in answers:
-            assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
-            assert answer.json()["executed"] is False
-            assert "ciphertext" not in answer.text
-        begun = time.monotonic()
-        behind = await client.post(f"/v1/keys/{key}/encrypt", json=body)
-        assert (behind.status_code, behind.headers["retry-after"]) == (503, answers[0].headers["retry-after"])
-        assert time.monotonic() - begun < 1, "a request behind a commit that hangs waited for it"
-        ready = await lab.client("platform").get("/readyz")
-        assert ready.status_code == 503
-        assert (await client.get("/livez")).status_code == 200
-    finally:
-        blocker.execute("ROLLBACK")
-        blocker.close()
-    begun = time.monotonic()
-    while (await client.post(f"/v1/keys/{key}/encrypt", json=body)).status_code != 200:
-        assert time.monotonic() - begun < 10
-        await asyncio.sleep(0.05)
-    assert lab.node.kms.log.state == "RUNNING"
+async def test_S_04_a_node_whose_database_is_locked_answers_503_and_says_why_and_comes_back(
+    dev_files: Files, tmp_path: Path
+) -> None:
+    async with lab_of(with_database(dev_files, tmp_path), deadline_s=DEADLINE_S) as lab:
+        key, body = await settled_key(lab), {"plaintext": "eA=="}
+        client, path = lab.client("health-eu-de-1"), f"/v1/keys/{key}/encrypt"
+        blocker = sqlite3.connect(tmp_path / "skms.db", isolation_level=None)
+        blocker.execute("PRAGMA busy_timeout=60000")
+        blocker.execute("BEGIN IMMEDIATE")
+        try:
+            begun = time.monotonic()
+            answers = await asyncio.gather(*(client.post(path, json=body) for _ in range(8)))
+            assert time.monotonic() - begun < ANSWERED_S
+            for answer in answers:
+                assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
+                assert answer.json()["executed"] is False
+                assert "ciphertext" not in answer.text
+            took = []
+            for _ in range(5):
+                begun = time.monotonic()
+                behind = await client.post(path, json=body)
+                took.append(time.monotonic() - begun)
+                assert (behind.status_code, behind.headers["retry-after"]) == (503, answers[0].headers["retry-after"])
+            assert min(took) < DEADLINE_S / 2, f"requests behind a commit that hangs waited for it: {took}"
+            ready = await lab.client("platform").get("/readyz")
+            assert ready.status_code == 503
+            assert (await client.get("/livez")).status_code == 200
+        finally:
+            blocker.execute("ROLLBACK")
+            blocker.close()
+        await settled_key(lab)
+        await until(lambda: lab.node.kms.log.state == "RUNNING", "the log did not come back")
+
+
+async def settled_key(lab: Lab) -> str:
+    """A key that was used, on a machine where a commit may for once take longer than the deadline."""
+    operator, deadline = lab.client("health-operator"), time.monotonic() + 60
+    body = {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}
+    while True:
+        made = await operator.post("/v1/keys", json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
+        if made.status_code == 201:
+            path = f"/v1/keys/{made.json()['id']}/encrypt"
+            if (await lab.client("health-eu-de-1").post(path, json={"plaintext": "eA=="})).status_code == 200:
+                return str(made.json()["id"])
+        assert time.monotonic() < deadline, made.text
+        await asyncio.sleep(0.1)
 
 
 @pytest.mark.anyio
@@ -63,29 +86,34 @@ async def test_S_04_a_node_whose_PostgreSQL_hangs_answers_503_in_time_and_comes_
     section = structs.replace(dev_files.config.node, state_dir=tmp_path)
     database = structs.replace(dev_files.config.database, url=postgres.fresh("node"))
     config = structs.replace(dev_files.config, node=section, database=database)
-    async with lab_of(dataclasses.replace(dev_files, config=config)) as lab:
-        key = await new_key(lab, "AES_256")
-        client, body = lab.client("health-eu-de-1"), {"plaintext": "eA=="}
-        assert (await client.post(f"/v1/keys/{key}/encrypt", json=body)).status_code == 200
+    async with lab_of(dataclasses.replace(dev_files, config=config), deadline_s=DEADLINE_S) as lab:
+        key, body = await settled_key(lab), {"plaintext": "eA=="}
+        client = lab.client("health-eu-de-1")
         servers = Path(f"/proc/{postgres.postmaster()}/task/{postgres.postmaster()}/children").read_text().split()
         for pid in servers:
             os.kill(int(pid), signal.SIGSTOP)
         # From a thread: should the event loop hang, this still ends.
-        mending = threading.Timer(6, lambda: [os.kill(int(pid), signal.SIGCONT) for pid in servers])
+        mending = threading.Timer(30, go_on, (servers,))
         mending.start()
-        took = []
-        for _ in range(4):
-            begun = time.monotonic()
-            answer = await client.post(f"/v1/keys/{key}/encrypt", json=body)
-            took.append(time.monotonic() - begun)
-            assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
-        assert max(took) < 4, took
-        assert sorted(took)[1] < 1, "requests behind a commit that hangs waited for it"
-        await asyncio.to_thread(mending.join)
-        begun = time.monotonic()
-        while (await client.post(f"/v1/keys/{key}/encrypt", json=body)).status_code != 200:
-            assert time.monotonic() - begun < 10
-            await asyncio.sleep(0.05)
+        try:
+            took = []
+            for _ in range(4):
+                begun = time.monotonic()
+                answer = await client.post(f"/v1/keys/{key}/encrypt", json=body)
+                took.append(time.monotonic() - begun)
+                assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
+            assert max(took) < ANSWERED_S, took
+            assert sorted(took)[1] < DEADLINE_S / 2, f"requests behind a commit that hangs waited for it: {took}"
+        finally:
+            mending.cancel()
+            go_on(servers)
+        await settled_key(lab)
+
+
+def go_on(servers: list[str]) -> None:
+    for pid in servers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGCONT)
 
 
 @pytest.mark.anyio
@@ -121,8 +149,8 @@ def test_an_operator_confirms_the_clock_by_saying_what_time_it_is(dev_files: Fil
 def test_a_worker_whose_chain_another_writer_took_ends_so_that_a_fresh_one_can_start(
     dev_files: Files, tmp_path: Path
 ) -> None:
-    said, database = tmp_path / "serve.log", tmp_path / "own.db"
-    own = {"SKMS_DATABASE_URL": f"sqlite:///{database}", "SKMS_NODE_STATE_DIR": str(tmp_path)}
+    said, database = tmp_path / "serve.log", address(tmp_path)
+    own = {"SKMS_DATABASE_URL": database, "SKMS_NODE_STATE_DIR": str(tmp_path)}
     with said.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "service.cli.main", "serve", "--config", str(dev_files.config_file)],
@@ -135,11 +163,10 @@ def test_a_worker_whose_chain_another_writer_took_ends_so_that_a_fresh_one_can_s
         begun = time.monotonic()
         while '"event": "serving"' not in said.read_text():
             assert process.poll() is None, said.read_text()
-            assert time.monotonic() - begun < 60
+            assert time.monotonic() - begun < 180
             time.sleep(0.05)
-        with sqlite3.connect(database, timeout=10) as db:
-            db.execute("UPDATE audit_shard SET epoch = epoch + 1")
-        assert process.wait(60) == FENCED  # its next record is a mark of the checkpoint that covers its start
+        behind(database, "UPDATE audit_shard SET epoch = epoch + 1")
+        assert process.wait(180) == FENCED  # its next record is a mark of the checkpoint that covers its start
     finally:
         process.kill()
         process.wait()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from databases import address
 from harness import Files, lab_of
 from keystore.pkcs11 import Transcript
 from service.ceremonies import keep
@@ -16,11 +17,11 @@ from service.ceremonies import keep
 async def test_each_ceremony_is_recorded_once_and_a_changed_transcript_raises_the_alarm(
     dev_files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state, database = tmp_path / "state", tmp_path / "own.db"
+    state = tmp_path / "state"
     config = structs.replace(
         dev_files.config,
         node=structs.replace(dev_files.config.node, state_dir=state),
-        database=structs.replace(dev_files.config.database, url=f"sqlite:///{database}"),
+        database=structs.replace(dev_files.config.database, url=address(tmp_path)),
     )
     made = Transcript("join", {"region": "eu-de-1"}, lambda: 1)
     keep(made, config)

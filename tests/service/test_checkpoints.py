@@ -18,7 +18,7 @@ from service.wiring import now
 async def test_a_node_signs_checkpoints_of_its_own_records_and_a_mark_names_one(lab: Lab) -> None:
     await lab.client("health-operator").get("/v1/whoami")
     engine, log = open_engine(lab.files.config.database.url), lab.node.kms.log
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and log._marked is None:
         await asyncio.sleep(0.2)
     seen = coverage(engine, now())

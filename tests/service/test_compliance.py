@@ -8,7 +8,7 @@ import re
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import yaml
 from msgspec import structs
 
+from databases import address
 from harness import Files, Lab, lab_of, new_key
 from service.compliance import Bars
 from service.doctor import examine
@@ -24,7 +25,8 @@ from service.doctor import examine
 pytestmark = pytest.mark.anyio
 B64 = base64.b64encode(b"hello").decode()
 DAY_US = 86_400_000_000
-TODAY = datetime.now(UTC).date().isoformat()
+# Not today: between the collection of tests and this one it may have become midnight.
+LAST = (datetime.now(UTC) + timedelta(days=1)).date().isoformat()
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -63,7 +65,7 @@ def apart(files: Files, directory: Path, *changes: Change, **hsm: str) -> Files:
         write(bundle, change)
     config = structs.replace(
         files.config,
-        database=structs.replace(files.config.database, url=f"sqlite:///{directory}/skms.db"),
+        database=structs.replace(files.config.database, url=address(directory)),
         node=structs.replace(files.config.node, state_dir=directory),
         policy=structs.replace(files.config.policy, bundle=bundle),
         hsm=tuple(structs.replace(section, **hsm) for section in files.config.hsm),
@@ -73,8 +75,8 @@ def apart(files: Files, directory: Path, *changes: Change, **hsm: str) -> Files:
 
 @pytest.fixture(scope="module")
 async def ending(dev_files: Files, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
-    """A node whose supplier has SOV-2 until the end of today."""
-    async with lab_of(apart(dev_files, tmp_path_factory.mktemp("ending"), supplied(TODAY))) as made:
+    """A node whose supplier has SOV-2 until the end of tomorrow."""
+    async with lab_of(apart(dev_files, tmp_path_factory.mktemp("ending"), supplied(LAST))) as made:
         yield made
 
 
@@ -108,7 +110,7 @@ async def test_a_label_that_ends_stops_every_use_and_a_renewed_bundle_gives_it_b
     signed, maced = [{"message": B64, "algorithm": a} for a in ("ECDSA_SHA_256", "HMAC_SHA_256")]
     assert await listed(lab) == set()
 
-    lab.clock.ahead = DAY_US
+    lab.clock.ahead = 2 * DAY_US
     try:
         before = lab.node.pkcs11_calls()
         uses: list[tuple[str, dict[str, Any]]] = [
@@ -128,7 +130,7 @@ async def test_a_label_that_ends_stops_every_use_and_a_renewed_bundle_gives_it_b
             refused = await workload.post(path, json=body)
             problem = refused.json()["results"][0]["problem"] if "batch" in path else refused.json()
             assert (problem["status"], problem["code"]) == (409, "tier_not_met"), path
-            assert problem["missing"] == [f"development has SOV-2 at level 3 (ended on {TODAY})"]
+            assert problem["missing"] == [f"development has SOV-2 at level 3 (ended on {LAST})"]
             assert not problem["executed"]
         assert lab.node.pkcs11_calls() == before
         assert (await encrypt(lab, beside)).status_code == 200
@@ -139,13 +141,13 @@ async def test_a_label_that_ends_stops_every_use_and_a_renewed_bundle_gives_it_b
         told = await read(lab, "health-auditor")
         assert {item["key_id"] for item in told["items"]} == {aes, ec, mac}
         first = told["items"][0]
-        midnight = datetime.fromisoformat(TODAY).replace(tzinfo=UTC).timestamp() * 1e6 + DAY_US
+        midnight = datetime.fromisoformat(LAST).replace(tzinfo=UTC).timestamp() * 1e6 + DAY_US
         assert {k: first[k] for k in ("tenant", "tier", "home", "state")} == {
             "tenant": "health", "tier": 1, "home": "eu-de-1", "state": "enabled",
         }  # fmt: skip
         (gap,) = first["missing"]
         assert (gap["supplier"], gap["label"], gap["level"], gap["wanted"]) == ("development", "SOV-2", 3, 3)
-        assert (gap["evidence"], gap["valid_until"]) == ("cert.example/SOV-2", TODAY)
+        assert (gap["evidence"], gap["valid_until"]) == ("cert.example/SOV-2", LAST)
         assert datetime.fromisoformat(gap["since"]).timestamp() * 1e6 == midnight
         assert [(t["tier"], t["keys"], t["below"]) for t in told["tiers"]] == [(1, 3, 3), (2, 1, 0), (3, 0, 0)]
 
@@ -176,7 +178,7 @@ async def test_from_a_key_below_its_bar_data_move_to_one_that_meets_it(dev_files
     """eu-de-1 loses its label, eu-de-2 has another supplier: what was sealed here can be sealed there."""
 
     def two(charter: dict[str, Any]) -> None:
-        charter["suppliers"]["development"]["labels"] = labels(SOV_2=TODAY, SOV_3="9999-12-31")
+        charter["suppliers"]["development"]["labels"] = labels(SOV_2=LAST, SOV_3="9999-12-31")
         charter["suppliers"]["second"] = {
             "jurisdiction": "DE",
             "labels": labels(SOV_2="9999-12-31", SOV_3="9999-12-31"),
@@ -193,7 +195,7 @@ async def test_from_a_key_below_its_bar_data_move_to_one_that_meets_it(dev_files
             lab, "AES_256", tier=1, home="eu-de-2", residency=["eu-de-2"], execution=both, reach=both, egress=both
         )
         sealed = (await encrypt(lab, old)).json()["ciphertext"]
-        lab.clock.ahead = DAY_US
+        lab.clock.ahead = 2 * DAY_US
         assert (await encrypt(lab, old)).json()["code"] == "tier_not_met"
         body = {"ciphertext": sealed, "to_key": new}
         moved = await lab.client("health-eu-de-1").post("/v1/rewrap", json=body)
@@ -363,14 +365,16 @@ async def test_metrics_count_keys_below_and_the_time_that_labels_have(ending: La
     await reload(lab, supplied("9999-12-31"))
     await new_key(lab, "AES_256", tier=1)
     assert await metric('skms_keys_below_tier{tier="1"}') == 0
-    await reload(lab, supplied(TODAY))
+    await reload(lab, supplied(LAST))
     left = await metric('skms_supplier_label_expires_seconds{label="SOV-2",supplier="development"}')
-    assert 0 < left <= 86_400
-    lab.clock.ahead = DAY_US
+    assert 0 < left <= 2 * 86_400
+    lab.clock.ahead = 2 * DAY_US
     try:
         assert await metric('skms_keys_below_tier{tier="1"}') == len(await listed(lab, "platform")) > 0
         assert await metric('skms_keys_below_tier{tier="2"}') == 0
-        assert -86_400 <= await metric('skms_supplier_label_expires_seconds{label="SOV-2",supplier="development"}') < 0
+        assert (
+            -2 * 86_400 <= await metric('skms_supplier_label_expires_seconds{label="SOV-2",supplier="development"}') < 0
+        )
     finally:
         lab.clock.ahead = 0
 

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import structs
 
+from databases import address
 from harness import Files, Lab, lab_of, new_key, officer
 from policy import Policy
 from postgres import Cluster
@@ -66,7 +67,7 @@ def config_of(files: Files, directory: Path, *, url: str | None = None, without:
     )
     config = structs.replace(
         files.config,
-        database=structs.replace(files.config.database, url=url or f"sqlite:///{directory}/skms.db"),
+        database=structs.replace(files.config.database, url=url or address(directory)),
         node=structs.replace(files.config.node, state_dir=directory),
         policy=structs.replace(files.config.policy, bundle=bundle),
         approvals=ApprovalsSection(approver=approvers),
@@ -372,11 +373,11 @@ async def test_a_frozen_key_is_not_destroyed_and_its_request_waits(voting: Lab) 
     assert (record["why"], record["appr"][2:]) == ("frozen", ["alice", "bob"])
     lift = request_in(await voting.client("health-officer").post(f"/v1/freezes/{freeze}/lift", headers=fresh()))
     assert await signed(voting, lift, "alice", "carol") == ("executed", ["alice", "carol"])
-    for _ in range(200):
+    for _ in range(1_000):
         last = await sign(voting, request, "bob")
         if last.status_code == 200:
             break
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     assert last.json()["state"] == "executed"
     assert await state(voting, key) == "destroyed"
 
@@ -520,6 +521,54 @@ async def test_a_quorum_widens_who_reaches_a_key_and_lowers_its_tier(voting: Lab
         made = (await auditor.get(f"/v1/policy/decisions/{name}")).json()["request"]["resource"]
         assert (made["tier"], made["purposes"]) == (tier, purposes), name
     assert (await auditor.get(decision)).json()["request"] == told["request"]
+
+
+@pytest.mark.anyio
+async def test_a_fence_is_raised_by_one_operator_and_lowered_by_a_quorum(voting: Lab) -> None:
+    key, workload = await new_key(voting, "AES_256", tier=1), voting.client("health-eu-de-1")
+    operator, path = voting.client("health-operator"), f"/v1/keys/{key}"
+    old = (await workload.post(f"{path}/encrypt", json={"plaintext": B64})).json()["ciphertext"]
+    await operator.post(f"{path}/rotate", headers=fresh())
+
+    async def patched(**body: object) -> httpx.Response:
+        return await operator.patch(path, json=body, headers=await tag(voting, key))
+
+    async def opened() -> str | None:
+        found: str | None = (await workload.post("/v1/decrypt", json={"ciphertext": old})).json().get("code")
+        return found
+
+    assert (await patched(min_decrypt_version="latest", min_encrypt_version=2)).status_code == 200
+    assert await opened() == "version_fenced"
+    before = (await operator.get(path)).json()
+    for body in ({"min_decrypt_version": 1}, {"min_decrypt_version": "latest-1"}, {"min_encrypt_version": 1}):
+        answer = await patched(**body, description="lowered")
+        assert (answer.status_code, answer.json()["code"]) == (422, "validation_failed"), body
+        assert [(e["pointer"], e["code"]) for e in answer.json()["errors"]] == [(f"/{next(iter(body))}", "lowers")]
+    assert (await operator.get(path)).json() == before
+    assert (await patched(min_decrypt_version=2, description="same")).status_code == 200
+    # Who administers does not ask for it, and what is asked for is exactly one number.
+    assert (await bounds(voting, key, who="health-operator", min_decrypt_version=1)).status_code == 403
+    for wrong in (0, 3, "latest-1"):
+        assert (await bounds(voting, key, min_decrypt_version=wrong)).status_code == 422, wrong
+    request = request_in(await bounds(voting, key, min_decrypt_version=1))
+    assert (request.parameters["from"], request.parameters["to"]) == (
+        {"min_decrypt_version": 2},
+        {"min_decrypt_version": 1},
+    )
+    assert await signed(voting, request, "alice", "bob") == ("open", ["alice", "bob"])
+    assert await opened() == "version_fenced"
+    assert (await signed(voting, request, "carol"))[0] == "executed"
+    assert await opened() is None
+    after = (await operator.get(path)).json()
+    assert (after["min_decrypt_version"], after["min_encrypt_version"]) == (1, 2)
+    # A decision from before is explained as before: fences are no fact of a policy.
+    used = voting.node.kms.search.records(key=key, op="encrypt", out="ok")[0].record["id"]
+    told = await voting.client("health-auditor").get(f"/v1/policy/decisions/{used}")
+    assert told.status_code == 200, told.text
+    # A key that was changed since is asked for anew.
+    late = request_in(await bounds(voting, key, min_encrypt_version=1))
+    assert (await patched(description="changed")).status_code == 200
+    assert (await sign(voting, late, "alice")).json()["code"] == "approval_closed"
 
 
 @pytest.mark.anyio

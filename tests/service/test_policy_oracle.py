@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cedar_engines import many
-from harness import Lab, new_key
+from harness import Lab, new_key, until
 from policy import Caller, Decision, KeyFacts, Policy, Request
 from policy.bundle import SHIPPED, read
 from service.shadow import ONE_IN, Shadow
@@ -86,18 +86,19 @@ async def test_the_node_counts_and_tells(lab: Lab, wrong: Policy) -> None:
     kms = lab.node.kms
     metrics = (await platform.get("/metrics")).text
     assert "skms_policy_oracle_mismatch_total 0.0" in metrics
-    kms.shadow = Shadow(one_in=1)
-    kms.shadow.decide(wrong, FORBIDDEN, "d-1")
-    for _ in range(100):
-        if kms.shadow.mismatch:
-            break
-        await asyncio.sleep(0.02)
-    assert "skms_policy_oracle_mismatch_total 1.0" in (await platform.get("/metrics")).text
-    ready = await platform.get("/readyz")
-    assert ready.status_code == 200
-    assert "both engines" in ready.json()["policy_oracle"]
-    answer = await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", json={"plaintext": "AAAA"})
-    assert answer.status_code == 200, answer.text
+    before, kms.shadow = kms.shadow, Shadow(one_in=1)
+    try:
+        kms.shadow.decide(wrong, FORBIDDEN, "d-1")
+        await until(lambda: kms.shadow.mismatch, "the oracle did not notice")
+        assert "skms_policy_oracle_mismatch_total 1.0" in (await platform.get("/metrics")).text
+        ready = await platform.get("/readyz")
+        assert ready.status_code == 200
+        assert "both engines" in ready.json()["policy_oracle"]
+        answer = await lab.client("health-eu-de-1").post(f"/v1/keys/{key}/encrypt", json={"plaintext": "AAAA"})
+        assert answer.status_code == 200, answer.text
+    finally:  # other files share this node
+        kms.shadow.close()
+        kms.shadow = before
 
 
 async def test_the_event_loop_runs_on_while_a_bundle_is_loaded(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from harness import Files, Lab, lab_of, new_key, officer, with_database
+from harness import Files, Lab, lab_of, new_key, officer, until, with_database
 from policy import BundleRefused
 from policy.bundle import read
 from policy.signatures import add, statement
@@ -106,11 +106,8 @@ async def test_a_new_bundle_decides_at_once_here_and_soon_on_other_workers(
     denied = await workload.post(f"/v1/keys/{key}/encrypt", json={"plaintext": B64})
     assert (denied.status_code, denied.json()["rule"]) == (403, "HEALTH-STOP")
     assert denied.json()["policy"] == answer.json()["digest"][:12]
-    for _ in range(50):
-        if elsewhere.node.kms.policy.digest == answer.json()["digest"]:
-            break
-        await asyncio.sleep(0.05)
-    assert elsewhere.node.kms.policy.digest == answer.json()["digest"]
+    digest = answer.json()["digest"]
+    await until(lambda: elsewhere.node.kms.policy.digest == digest, "another worker did not follow")
 
 
 async def test_the_old_bundle_comes_back_under_a_new_version(lab: Lab, bundle: Path) -> None:
@@ -131,3 +128,21 @@ async def test_a_reload_that_leaves_a_power_to_nobody_is_refused_by_name(lab: La
     assert (answer.status_code, answer.json()["code"]) == (409, "policy_would_lock_out")
     assert [name.rpartition("/")[2] for name in answer.json()["names"]] == ["health-officer"]
     assert lab.node.kms.policy is before
+
+
+async def test_a_bundle_that_is_read_while_a_later_one_comes_into_force_does_not_take_its_place(
+    dev_files: Files, tmp_path: Path
+) -> None:
+    files = with_database(dev_files, tmp_path)
+    directory = files.config.policy.bundle
+    async with lab_of(files) as lab:
+        kms = lab.node.kms
+        rise(directory, kms.policy.version + 2)
+        later = kms._load_policy(None)
+        rise(directory, kms.policy.version + 1)
+        earlier = kms._load_policy(None)
+        follows = asyncio.create_task(kms.follow_policy(earlier.digest))  # as another worker said
+        await asyncio.sleep(0)  # it reads the directory now, in a thread
+        kms.in_force(later, None)
+        await follows
+        assert kms.policy is later

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import structs
 
+from databases import address
 from harness import Files, Lab, lab_of, new_key, officer
 from service.approvals import Approver, Asked, GroupRule, approve
 from service.config import (
@@ -54,7 +55,7 @@ def approvals(directory: Path) -> ApprovalsSection:
 @pytest.fixture(scope="module")
 def quorum_files(dev_files: Files, tmp_path_factory: pytest.TempPathFactory) -> Files:
     directory = tmp_path_factory.mktemp("quorum")
-    database = structs.replace(dev_files.config.database, url=f"sqlite:///{directory}/skms.db")
+    database = structs.replace(dev_files.config.database, url=address(directory))
     node = structs.replace(dev_files.config.node, state_dir=directory)
     config = structs.replace(dev_files.config, database=database, node=node, approvals=approvals(directory))
     return dataclasses.replace(dev_files, config=config)
@@ -104,10 +105,10 @@ async def use(lab: Lab, key: str) -> int:
 
 
 async def thawed(lab: Lab, key: str) -> None:
-    for _ in range(200):
+    for _ in range(1_000):
         if await use(lab, key) == 200:
             return
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     raise AssertionError("the lift was not obeyed")
 
 
@@ -215,7 +216,7 @@ async def test_a_request_that_is_late_or_altered_or_lost_an_approver_lifts_nothi
         assert (await sign(lab, request, "alice")).status_code == 200
     section = quorum_files.config.approvals
     without = structs.replace(section, approver=tuple(a for a in section.approver if a.name not in {"alice", "dave"}))
-    engine = sa.create_engine(url)
+    engine = sa.create_engine(url, connect_args={"timeout": 60})
     with engine.begin() as connection:
         change = sa.text("UPDATE service_approval SET content = replace(content, 'key', 'tag') WHERE id = :id")
         assert connection.execute(change, {"id": altered.id}).rowcount == 1

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import os
 import re
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
+from service.ids import uuid4, uuid7
 from service.protocols.problems import ERRORS, OWN
-from service.requests import JsonLines, uuid7, where
+from service.requests import JsonLines, RequestLines, where
 
 
 def line(message: str, **facts: object) -> str:
@@ -41,6 +48,41 @@ def test_request_ids_are_uuid7_and_rise_with_time() -> None:
     assert len(set(ids)) == 50
     for made in ids:
         assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", made)
+
+
+def test_ids_do_not_repeat_over_threads_and_forks_and_are_uuid4() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = [i for found in pool.map(lambda _: [uuid4() for _ in range(2_000)], range(16)) for i in found]
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(writing, " ".join(uuid4() for _ in range(50)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    made += os.read(reading, 4_096).decode().split() + [uuid4() for _ in range(300)]
+    assert len(set(made)) == len(made) == 32_350
+    assert all(str(uuid.UUID(one)) == one and uuid.UUID(one).version == 4 for one in made)
+
+
+def test_lines_of_requests_are_whole_ascii_and_in_order(capfd: pytest.CaptureFixture[str]) -> None:
+    async def lines() -> None:
+        written = RequestLines()
+        for number in range(40):
+            written.add(1_800_000_000_123_456, {"n": number, "caller": "x" * 300 if number else "a\u2028b"})
+        await asyncio.sleep(0)
+
+    asyncio.run(lines())
+    shown = capfd.readouterr().err
+    assert shown.isascii()
+    found = [json.loads(line) for line in shown.splitlines()]
+    assert [line["n"] for line in found] == list(range(40))
+    assert found[0] | {"n": 0} == {
+        "time": "2027-01-15T08:00:00.123Z",
+        "level": "info",
+        "logger": "skms.request",
+        "event": "request",
+        "n": 0,
+        "caller": "a\u2028b",
+    }
 
 
 def test_every_exported_exception_has_a_row_in_the_error_tables() -> None:

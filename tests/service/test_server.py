@@ -44,14 +44,15 @@ def ask(node: Served, name: str | None, *parts: bytes, session: Any = None) -> t
     port = int(node.url.rsplit(":", 1)[1])
     answer, reused = b"", False
     with contextlib.suppress(OSError, ssl.SSLError):
-        raw = socket.create_connection(("127.0.0.1", port), timeout=5)
+        raw = socket.create_connection(("127.0.0.1", port), timeout=30)
         context = node.tls(name) if session is None else session[0]
         with context.wrap_socket(
             raw, server_hostname="127.0.0.1", session=None if session is None else session[1]
         ) as tls:
             reused = bool(tls.session_reused)
-            for part in parts:
-                tls.sendall(part)
+            with contextlib.suppress(OSError):  # a server that has refused a message reads no more of it
+                for part in parts:
+                    tls.sendall(part)
             while chunk := tls.recv(65_536):
                 answer += chunk
                 head, _, body = answer.partition(b"\r\n\r\n")
@@ -94,7 +95,7 @@ def test_tls_1_2_is_refused(node: Served) -> None:
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     port = int(node.url.rsplit(":", 1)[1])
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=5) as raw,
+        socket.create_connection(("127.0.0.1", port), timeout=30) as raw,
         pytest.raises(ssl.SSLError),
         context.wrap_socket(raw, server_hostname="127.0.0.1"),
     ):
@@ -102,13 +103,21 @@ def test_tls_1_2_is_refused(node: Served) -> None:
 
 
 def test_W_06_drips_leave_others_unharmed(node: Served) -> None:
-    """Connections that send a byte now and then, beside one that works."""
+    """Connections that send a byte now and then, beside one that works as it did without them."""
     port = int(node.url.rsplit(":", 1)[1])
     context = node.tls(None)
     slow = []
+
+    def took(client: httpx.Client) -> float:
+        begun = time.perf_counter()
+        assert client.get("/v1/whoami").status_code == 200
+        return time.perf_counter() - begun
+
     try:
+        with node.client("health-eu-de-1") as client:
+            alone = sorted(took(client) for _ in range(30))[15]
         for _ in range(100):
-            raw = socket.create_connection(("127.0.0.1", port), timeout=5)
+            raw = socket.create_connection(("127.0.0.1", port), timeout=30)
             tls = context.wrap_socket(raw, server_hostname="127.0.0.1")
             tls.sendall(b"G")
             slow.append(tls)
@@ -116,10 +125,8 @@ def test_W_06_drips_leave_others_unharmed(node: Served) -> None:
         with node.client("health-eu-de-1") as client:
             for turn in range(60):
                 slow[turn].sendall(b"E")
-                begun = time.perf_counter()
-                assert client.get("/v1/whoami").status_code == 200
-                times.append(time.perf_counter() - begun)
-        assert sorted(times)[-2] < 0.5
+                times.append(took(client))
+        assert sorted(times)[30] < 5 * alone + 0.1, (alone, sorted(times))
     finally:
         for tls in slow:
             tls.close()
@@ -138,9 +145,9 @@ def test_a_stranger_authority_gets_no_connection(node: Served, tmp_path: Any) ->
 
 
 class Aging(TlsClientCertProtocol):
-    """Connections that grow old in no time."""
+    """Connections that grow old in no time; a client that a busy machine holds up is waited for."""
 
-    max_age_s, drain_s = 0.2, 1.0
+    max_age_s, drain_s = 0.2, 3.0
 
 
 async def hello(_: Any, receive: Any, send: Any) -> None:
@@ -158,15 +165,16 @@ async def test_an_old_connection_ends_with_an_answer_and_an_idle_one_by_itself(d
     while not server.started:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    said, until = list[str](), asyncio.get_running_loop().time() + 1.5
+    said, until = list[str](), asyncio.get_running_loop().time() + 60
     async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=tls_of(dev_files, None)) as client:
-        while asyncio.get_running_loop().time() < until:  # without a pause: one is nearly always under way
+        # Without a pause: one is nearly always under way.
+        while not 2 <= said.count("close") < len(said) and asyncio.get_running_loop().time() < until:
             answer = await client.get("/")
             assert answer.text == "hi"
             said.append(answer.headers.get("connection", ""))
         assert 2 <= said.count("close") < len(said)
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls_of(dev_files, None))
-    assert await asyncio.wait_for(reader.read(), 5) == b""
+    assert await asyncio.wait_for(reader.read(), 60) == b""
     writer.close()
     server.should_exit = True
     await serving

@@ -74,10 +74,10 @@ def test_W_04_floods_cost_neither_time_nor_memory(name: str) -> None:
 
     best = 1.0
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = time.thread_time()  # of this thread: others may use the machine
         with pytest.raises((Malformed, Invalid)):
             convert(loads(FLOODS[name]), Body)
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.thread_time() - begun)
     assert best < 0.05, f"{name}: {best * 1e3:.0f} ms"
 
 
@@ -124,3 +124,23 @@ def test_L_02_errors_name_the_field_and_never_the_value(value: Any, pointer: str
     assert (error["pointer"], error["code"]) == (pointer, code)
     assert "SECRET" not in str(error)
     assert "MARK" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 16 + "]" * 16,
+        '{"a":[' * 8 + "]}" * 8,
+        '[{"a":"[[[[[[[[[[[[[[[[["},"\\"]{{{{{{{{{{{{{{{{{"]',
+        "[[],[],{}]" * 1,
+    ],
+)
+def test_nesting_up_to_the_bound_is_read_and_brackets_in_texts_do_not_count(text: str) -> None:
+    assert loads(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ["[" * 17 + "]" * 17, '{"a":[' * 9 + "]}" * 9, "[" * 16 + '{"a":1},[{}]' + "]" * 16])
+def test_nesting_beyond_the_bound_is_malformed(text: str) -> None:
+    assert json.loads(text) is not None
+    with pytest.raises(Malformed):
+        loads(text.encode())

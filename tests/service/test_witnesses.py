@@ -19,6 +19,7 @@ from audit.generation import KIND, digest_of
 from audit.log import Log, RolledBack
 from audit.postquantum import create
 from audit.witness import SIZE_TYPE, Answer, Cosigner, Endpoint, Pusher, parse_submission
+from databases import address
 from harness import ROOT, Files, lab_of, officer
 from service.approvals import approve
 from service.config import ApproverSection, Config, ConfigInvalid, WitnessedLog, WitnessesSection, WitnessSection, load
@@ -143,7 +144,7 @@ def own(dev_files: Files, tmp_path: Path) -> Config:
     return structs.replace(
         config,
         node=structs.replace(config.node, name="n6", state_dir=tmp_path / "state"),
-        database=structs.replace(config.database, url=f"sqlite:///{tmp_path / 'own.db'}"),
+        database=structs.replace(config.database, url=address(tmp_path, "own")),
         approvals=structs.replace(config.approvals, approver=tuple(ApproverSection(n, k) for n, k in officers.items())),
     )
 

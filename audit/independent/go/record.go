@@ -363,11 +363,11 @@ var asked = with(base, map[string]check{
 	"actor": text(printSet, 1, 512), "alg": code, "appr": list(code, 16),
 	"authn": oneOf("mtls", "oidc", "k8s", "token", "sigv4", "vault", "internal", "none"),
 	"batch": uuid, "bi": uint53, "creg": place, "creq": text(wordSet, 1, 128), "ctx": context, "dry": boolean, "ev": hex64,
-	"dest": list(place, 64), "exc": code, "facts": hex32, "frz": uint53, "grant": code, "hsm": code, "in_len": uint53, "intent": uuid, "key": uuid, "kv": uint53,
+	"dest": list(place, 64), "exc": code, "facts": hex32, "frz": uint53, "grant": code, "hops": list(code, 16), "hsm": code, "in_len": uint53, "intent": uuid, "key": uuid, "kv": uint53,
 	"kver": uint53, "op": func(v value) bool { s, ok := v.(string); return opName(v) && ok && (s[0] < '0' || s[0] > '9') },
-	"out": oneOf("ok", "denied", "failed", "error"), "out_len": uint53, "pol": hex32, "purpose": led(placeSet, 64), "reason": code, "region": place,
+	"orig": list(place, 64), "out": oneOf("ok", "denied", "failed", "error"), "out_len": uint53, "pol": hex32, "purpose": led(placeSet, 64), "reason": code, "region": place,
 	"req": uuid, "rh": hex64, "rule": list(text(ruleSet, 1, 128), 8), "src": address, "tenant": led(placeSet, 64),
-	"tier": uint53, "trace": hex32, "us": uint53, "why": code, "x": evenHex,
+	"tier": uint53, "trace": hex32, "us": uint53, "via": list(place, 64), "why": code, "x": evenHex,
 })
 
 type kind struct {

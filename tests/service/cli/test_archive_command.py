@@ -21,6 +21,7 @@ from audit.chain import DAY_US
 from audit.event import Op
 from audit.stored import verify_database
 from audit.verify import Trust
+from databases import address
 from harness import Files, lab_of, skms
 from service.config import load
 from service.database import open_engine
@@ -53,7 +54,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 async def old_records(files: Files, directory: Path) -> tuple[Path, Trust]:
     """A node's configuration, whose database holds records of 100 days ago under a checkpoint; and its trust."""
     text = files.config_file.read_text()
-    database, state = f"sqlite:///{directory / 'own.db'}", directory / "state"
+    database, state = address(directory, "own"), directory / "state"
     for option, value in {"name": "n7", "state_dir": str(state), "url": database}.items():
         text = re.sub(rf'(?m)^{option} = ".*"', f'{option} = "{value}"', text, count=1)
     path = directory / "skms.toml"
@@ -92,7 +93,7 @@ def _uuid() -> str:
 async def _checkpoint(path: Path) -> None:
     """Wait for two more of them: the first may have begun before the records were there."""
     size = checkpoint_in(path.read_bytes()).size if path.exists() else 0
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while not path.exists() or checkpoint_in(path.read_bytes()).size < size + 2:
         assert time.monotonic() < until, "no checkpoint was anchored"
         await asyncio.sleep(0.1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from databases import address, sqlite_only
 from policy import Policy
 from policy.bundle import SHIPPED
 from service.database import open_engine
@@ -123,8 +124,8 @@ def test_I_11_a_leaf_is_no_trust_anchor(world: World, tmp_path: Path) -> None:
 
 class Tokens:
     def __init__(self, directory: Path) -> None:
-        self.path, self.now = directory / "tokens.db", 1_800_000_000_000_000
-        self.engine = open_engine(f"sqlite:///{self.path}")
+        self.now = 1_800_000_000_000_000
+        self.engine = open_engine(address(directory))
         with self.engine.begin() as connection:
             tables.create_all(connection)
         self.tokens = ApiTokens(self.engine, pepper=b"p" * 32, installation="i", clock=lambda: self.now)
@@ -155,10 +156,11 @@ async def test_I_15_a_token_is_held_to_tenant_role_and_scopes_and_never_destroys
     assert re.search(SCANNER, f"config = '{text}'")
 
 
-async def test_I_15_only_a_keyed_hash_is_at_rest(issued: Tokens) -> None:
+@sqlite_only
+async def test_I_15_only_a_keyed_hash_is_at_rest(issued: Tokens, tmp_path: Path) -> None:
     _, text = issued.make()
     secret = text.split("_")[3].encode()
-    for path in issued.path.parent.iterdir():
+    for path in tmp_path.iterdir():
         assert secret not in path.read_bytes()
         assert secret[:20] not in path.read_bytes()
 

@@ -1,0 +1,114 @@
+"""A load generator that costs little: one request over and over on kept TLS connections, in a process of its own.
+
+`python -m bench.load SPEC.json` reads {"host", "port", "ca", "cert", "key", "method", "path", "body", "connections",
+"seconds"} and prints {"done", "seconds", "latencies_ms": {"p50", "p99", "p99.9"}, "failed": {status: count}} as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+END = b"\r\n\r\n"
+LENGTH = b"content-length:"
+
+
+class Connection(asyncio.Protocol):
+    """One connection that asks again as soon as it has its answer."""
+
+    def __init__(self, request: bytes, until: float, ended: asyncio.Future[None]) -> None:
+        self._request, self._until, self._ended = request, until, ended
+        self._transport: asyncio.Transport | None = None
+        self._got = bytearray()
+        self._asked = 0.0
+        self.latencies: list[float] = []
+        self.statuses: Counter[int] = Counter()
+
+    def connection_made(self, transport: Any) -> None:
+        """Ask for the first time."""
+        self._transport = transport
+        self._ask()
+
+    def _ask(self) -> None:
+        assert self._transport is not None
+        self._asked = time.perf_counter()
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Count a whole answer, and ask again."""
+        self._got += data
+        head = self._got.find(END)
+        if head < 0:
+            return
+        lower = bytes(self._got[:head]).lower()
+        at = lower.find(LENGTH)
+        size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
+        if len(self._got) < head + len(END) + size:
+            return
+        now = time.perf_counter()
+        self.latencies.append(now - self._asked)
+        self.statuses[int(self._got[9:12])] += 1
+        self._got.clear()
+        if now >= self._until:
+            assert self._transport is not None
+            self._transport.close()
+            if not self._ended.done():
+                self._ended.set_result(None)
+        else:
+            self._ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The server closed: that ends this connection's part."""
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+async def load(spec: dict[str, Any]) -> dict[str, Any]:
+    """Ask for as long as the specification says."""
+    tls = ssl.create_default_context(cafile=spec["ca"])
+    tls.load_cert_chain(spec["cert"], spec["key"])
+    body = spec["body"].encode()
+    request = (
+        f"{spec['method']} {spec['path']} HTTP/1.1\r\nHost: {spec['host']}:{spec['port']}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+    loop = asyncio.get_running_loop()
+    began = time.perf_counter()
+    until = began + spec["seconds"]
+    made, ends = [], []
+    for _ in range(spec["connections"]):
+        ended: asyncio.Future[None] = loop.create_future()
+        _, protocol = await loop.create_connection(
+            lambda ended=ended: Connection(request, until, ended),  # type: ignore[misc] # one for each
+            spec["host"],
+            spec["port"],
+            ssl=tls,
+        )
+        made.append(protocol)
+        ends.append(ended)
+    await asyncio.gather(*ends)
+    took = time.perf_counter() - began
+    latencies = sorted(one for c in made for one in c.latencies)
+    statuses = sum((c.statuses for c in made), Counter())
+    return {
+        "done": statuses.pop(200, 0),
+        "seconds": took,
+        "latencies_ms": {
+            name: round(latencies[min(len(latencies) - 1, int(len(latencies) * share))] * 1e3, 2)
+            for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
+        },
+        "failed": statuses,
+    }
+
+
+if __name__ == "__main__":
+    uvloop.install()
+    print(json.dumps(asyncio.run(load(json.loads(Path(sys.argv[1]).read_text())))))
