@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify charter-edits policy-oracle policy-replay openapi go-verifier lock clean
+.PHONY: setup demo test crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -39,7 +39,7 @@ lint: setup
 
 bench: setup
 	$(PY) bench/parts.py
-	$(PY) bench/encrypt.py
+	$(PY) -m bench.encrypt
 
 bench-audit: setup ## durable records a second beside bare inserts, on SQLite and PostgreSQL
 	PYTHONPATH=.:tests $(PY) -m bench.audit_writer
@@ -65,6 +65,9 @@ bench-verify: setup ## skms-verify at each level, by one process and two, beside
 policy-oracle: setup ## a million random requests by both policy engines
 	POLICY_ORACLE_REQUESTS=1000000 $(PY) -m pytest -q -s tests/policy/test_differential.py
 
+policy-mutants: setup ## small wrong edits of the policy code, each tried by its tests: 85 of 100 must be noticed
+	$(PY) bench/policy_mutants.py --count $(or $(COUNT),200)
+
 policy-replay: setup ## 100,000 decisions of a node, made again under their recorded bundles: none may differ
 	POLICY_REPLAY=100000 $(PY) -m pytest -q -s tests/service/test_explain.py -k recorded_period
 
@@ -74,6 +77,26 @@ openapi: setup ## write the API document from the route table
 go-verifier: setup ## build/skms-go-verify, over the Go toolchain's own transparency log packages; no network
 	@mkdir -p build
 	@sh audit/independent/go/build.sh build/skms-go-verify
+
+sbom: setup ## build/image/sbom.cdx.json: what the image installs, with hashes (CycloneDX)
+	@mkdir -p build/image
+	.venv/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --mc-type application \
+		--output-reproducible --output-format JSON --output-file build/image/sbom.cdx.json
+
+# Zip files know no time before 1980; without git it is that.
+EPOCH = $(or $(SOURCE_DATE_EPOCH),$(shell git log -1 --format=%ct 2>/dev/null),315532800)
+
+wheel: setup ## build/image/sovereign_kms-….whl: the same bytes from the same commit
+	@rm -rf build/lib build/bdist.* build/image/*.whl
+	SOURCE_DATE_EPOCH=$(EPOCH) $(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/image .
+
+image-context: sbom wheel ## build/image: all that the image is built from
+	cp requirements.lock build/image/
+
+# No provenance beside it: that names when it was built, and two builds of one commit would differ.
+image: image-context ## build/sovereign-kms.oci.tar (docker buildx); BASE=…@sha256:…: the Python image
+	SOURCE_DATE_EPOCH=$(EPOCH) docker buildx build --file deploy/image/Dockerfile --target runtime $(if $(BASE),--build-arg BASE=$(BASE)) \
+		--provenance=false --output type=oci,dest=build/sovereign-kms.oci.tar,rewrite-timestamp=true build/image
 
 lock: setup ## resolve dependencies anew
 	$(PY) -m pip install --quiet uv
