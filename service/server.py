@@ -26,6 +26,7 @@ MAX_MESSAGE: Final = 5 * 2**20
 HEAD_DEADLINE_S: Final = 10.0
 MAX_AGE_S: Final = 300.0
 DRAIN_S: Final = 20
+LINGER_S: Final = 1.0  # how long a stopping worker still answers what comes on an idle connection
 GOODBYE_S: Final = 0.5  # for the TLS close_notify of an idle connection
 _ONCE: Final = (b"authorization", b"content-length", b"content-type", b"transfer-encoding", b"host")
 
@@ -78,14 +79,19 @@ class TlsClientCertProtocol(HttpToolsProtocol):
         self._age = self.loop.call_later(self.drain_s, self._end)
 
     def _end(self) -> None:
-        self.shutdown()
-        self._age = self.loop.call_later(self.drain_s, self.transport.abort)
-
-    def shutdown(self) -> None:
         """End the connection after the answer that is under way; a peer that does not say goodbye is not waited for."""
         super().shutdown()
-        if self.cycle is None or self.cycle.response_complete:
-            self.loop.call_later(GOODBYE_S, self.transport.abort)
+        idle = self.cycle is None or self.cycle.response_complete
+        self._age = self.loop.call_later(GOODBYE_S if idle else self.drain_s, self.transport.abort)
+
+    def shutdown(self) -> None:
+        """The worker stops. An idle connection may have a request under way too, so it ends as one that grew old does."""
+        if self._age is not None:  # None: it was refused or is gone already
+            self._age.cancel()
+            self._old = True
+            if self.cycle is not None:
+                self.cycle.keep_alive = False
+            self._age = self.loop.call_later(LINGER_S, self._end)
 
     def data_received(self, data: bytes) -> None:
         """Feed in slices: httptools itself buffers a header or trailer of any size."""

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,30 @@ def address(directory: Path, name: str = "skms") -> str:
         _made.add(database)
         return server.fresh(database)
     return server.url(database)
+
+
+def copy(source: str, target: str) -> None:
+    """Make the second database what the first one is at this moment, whatever it was."""
+    if POSTGRESQL:
+        name = sa.make_url(target).database
+        assert name is not None
+        _server().fresh(name)
+        _server().load(name, content(source))
+        return
+    for old in Path(target.removeprefix("sqlite:///")).parent.glob(f"{Path(target).name}*"):
+        old.unlink()
+    files = [sqlite3.connect(url.removeprefix("sqlite:///")) for url in (source, target)]
+    with contextlib.closing(files[0]), contextlib.closing(files[1]):
+        files[0].backup(files[1])
+
+
+def content(url: str) -> bytes:
+    """All that a thief of the database would read: its file, or what pg_dump writes."""
+    if not POSTGRESQL:
+        return Path(url.removeprefix("sqlite:///")).read_bytes()
+    name = sa.make_url(url).database
+    assert name is not None
+    return _server().dump(name)
 
 
 def behind(url: str, *statements: str) -> list[sa.Row[Any]]:

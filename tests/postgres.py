@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -53,9 +54,19 @@ class Cluster:
         """Process id of the server."""
         return int((self.directory / "data" / "postmaster.pid").read_text().split()[0])
 
-    def run(self, *command: str) -> None:
-        """Run a program as the server's user."""
-        subprocess.run(command, check=True, user=self.user, cwd=self.directory, capture_output=True)
+    def dump(self, name: str) -> bytes:
+        """A database as the SQL that makes it again."""
+        return self.run(_binary("pg_dump"), "-h", f"{self.directory}", "-U", "skms", name)
+
+    def load(self, name: str, sql: bytes) -> None:
+        """Run what `dump` gave in an empty database."""
+        options = ("-q", "-v", "ON_ERROR_STOP=1", "-h", f"{self.directory}", "-U", "skms")
+        self.run(_binary("psql"), *options, name, fed=sql)
+
+    def run(self, *command: str, fed: bytes = b"") -> bytes:
+        """What a program writes that runs as the server's user."""
+        options: dict[str, Any] = {"user": self.user, "cwd": self.directory, "capture_output": True, "input": fed}
+        return bytes(subprocess.run(command, check=True, **options).stdout)
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def _fork(kind: str, arguments: list[Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    sys.path[:0] = [str(parent) for parent in Path(__file__).parents[:3]]  # this folder, the tests, the product
     import audit_lab  # noqa: F401 - before the forks, which then have it
 
     import audit.notary  # noqa: F401 - as above

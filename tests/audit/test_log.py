@@ -207,7 +207,7 @@ async def test_searching_pages_through_everything_once(made: Lab) -> None:
 async def test_R1_kill_9_of_a_writer_loses_no_receipt(made: Lab, tmp_path: Path) -> None:
     script = f"""
 import asyncio, sys
-sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
+sys.path[:0] = {[str(parent) for parent in Path(__file__).parents[:3]]!r}
 from audit_lab import Lab, op
 async def main():
     from audit_lab import ORIGIN

@@ -113,5 +113,5 @@ async def _main(url: str, directory: Path, key: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    sys.path[:0] = [str(parent) for parent in Path(__file__).parents[:3]]  # this folder, the tests, the product
     asyncio.run(_main(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))

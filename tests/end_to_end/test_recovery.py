@@ -6,9 +6,7 @@ import asyncio
 import dataclasses
 import json
 import re
-import sqlite3
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from msgspec.structs import replace
 from audit.anchors import checkpoint_in
 from audit.event import decode_recovery
 from audit.generation import KIND, RecoveryRefused, digest_of
-from databases import address
+from databases import address, behind, copy
 from harness import Files, lab_of, new_key, officer, skms
 from service.approvals import ApprovalRefused, approve
 from service.config import load
@@ -58,18 +56,15 @@ async def test_an_old_backup_is_refused_and_two_officers_open_a_new_generation(
     dev_files: Files, tmp_path: Path
 ) -> None:
     config_file = written(dev_files, tmp_path)
-    database, backup = tmp_path / "own.db", tmp_path / "backup.db"
+    database, backup = address(tmp_path, "own"), address(tmp_path, "backup")
     async with lab_of(dataclasses.replace(dev_files, config=load(config_file))) as lab:
         key = await new_key(lab, "AES_256")
         await anchored(config_file, beyond=0)
-        with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(backup)) as target:
-            source.backup(target)
-            (size,) = target.execute("SELECT count(*) FROM audit_root").fetchone()
+        copy(database, backup)
+        ((size,),) = behind(backup, "SELECT count(*) FROM audit_root")
         await lab.client("health-operator").get("/v1/whoami")
         await anchored(config_file, beyond=size)
-    for old in tmp_path.glob("own.db*"):
-        old.unlink()
-    backup.rename(database)
+    copy(backup, database)
 
     served = await asyncio.to_thread(skms, "serve", "--config", str(config_file))
     assert served.returncode == 1

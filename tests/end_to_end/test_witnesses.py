@@ -33,7 +33,11 @@ from harness import ROOT, Files, prepared, skms, tls_of
 from service.database import open_engine, reader
 from service.witnesses import new_cosigner
 
-MAKE = "import pathlib, sys; from service.dev import prepare; prepare(pathlib.Path(sys.argv[1]), port=0)"
+MAKE = """
+import pathlib, sys
+from service.dev import prepare
+prepare(pathlib.Path(sys.argv[1]), port=0, database=sys.argv[2])
+"""
 INDEPENDENT = ROOT / "audit" / "independent" / "skms_verify.py"
 
 
@@ -120,8 +124,8 @@ def by_command(*arguments: str) -> str:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, Operator]]:
     base = tmp_path_factory.mktemp("witnesses")
     making = [
-        subprocess.Popen([sys.executable, "-c", MAKE, str(base / name)], cwd=ROOT, stdout=subprocess.DEVNULL)
-        for name in ("one", "two")
+        subprocess.Popen([sys.executable, "-c", MAKE, f"{made}", address(made)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        for made in (base / "one", base / "two")
     ]
     assert [process.wait(60) for process in making] == [0, 0]
     one_key, two_key = base / "one" / "witness.key", base / "two" / "witness.key"

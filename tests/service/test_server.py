@@ -7,10 +7,12 @@ import contextlib
 import socket
 import ssl
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from harness import Files, Served, tls_of
 from service.server import TlsClientCertProtocol, server_of, tls_context
@@ -156,25 +158,54 @@ async def hello(_: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"hi"})
 
 
-@pytest.mark.anyio
-async def test_an_old_connection_ends_with_an_answer_and_an_idle_one_by_itself(dev_files: Files) -> None:
-    listen = dev_files.config.listen
+@contextlib.asynccontextmanager
+async def greeting(files: Files, protocol: type[TlsClientCertProtocol]) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+    """A server that says hi, and its port; the block is left when it has ended."""
+    listen = files.config.listen
     context = tls_context(str(listen.certificate), str(listen.private_key), str(listen.client_ca))
-    server = server_of(hello, host="127.0.0.1", port=0, context=context, protocol=Aging)
+    server = server_of(hello, host="127.0.0.1", port=0, context=context, protocol=protocol)
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    said, until = list[str](), asyncio.get_running_loop().time() + 60
-    async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=tls_of(dev_files, None)) as client:
-        # Without a pause: one is nearly always under way.
-        while not 2 <= said.count("close") < len(said) and asyncio.get_running_loop().time() < until:
-            answer = await client.get("/")
-            assert answer.text == "hi"
-            said.append(answer.headers.get("connection", ""))
-        assert 2 <= said.count("close") < len(said)
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls_of(dev_files, None))
-    assert await asyncio.wait_for(reader.read(), 60) == b""
-    writer.close()
-    server.should_exit = True
-    await serving
+    try:
+        yield server, server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@pytest.mark.anyio
+async def test_what_comes_on_an_idle_connection_of_a_stopping_server_is_answered(dev_files: Files) -> None:
+    tls = tls_of(dev_files, None)
+    async with greeting(dev_files, TlsClientCertProtocol) as (server, port):
+        asking, silent = [await asyncio.open_connection("127.0.0.1", port, ssl=tls) for _ in range(2)]
+        request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        asking[1].write(request)
+        assert b"hi" in await asking[0].read(4096)
+        server.should_exit = True
+        async with asyncio.timeout(60):
+            while server.servers[0].is_serving():
+                await asyncio.sleep(0.001)
+            asking[1].write(request)  # sent before the client could know that the server stops
+            answer = await asking[0].read()
+            assert b"connection: close" in answer
+            assert answer.endswith(b"hi")
+            assert await silent[0].read() == b""
+        for _, writer in (asking, silent):
+            writer.close()
+
+
+@pytest.mark.anyio
+async def test_an_old_connection_ends_with_an_answer_and_an_idle_one_by_itself(dev_files: Files) -> None:
+    async with greeting(dev_files, Aging) as (_, port):
+        said, until = list[str](), asyncio.get_running_loop().time() + 60
+        async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=tls_of(dev_files, None)) as client:
+            # Without a pause: one is nearly always under way.
+            while not 2 <= said.count("close") < len(said) and asyncio.get_running_loop().time() < until:
+                answer = await client.get("/")
+                assert answer.text == "hi"
+                said.append(answer.headers.get("connection", ""))
+            assert 2 <= said.count("close") < len(said)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls_of(dev_files, None))
+        assert await asyncio.wait_for(reader.read(), 60) == b""
+        writer.close()
