@@ -5,6 +5,7 @@ Run it on a quiet machine: `make bench-policy`. A decision here begins with a `p
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -91,7 +92,10 @@ def oracle(policy: Policy, asked: list[Request]) -> float:
 
 
 def reload(directory: Path, known: Policy) -> tuple[float, ...]:
-    """Milliseconds: read and compile anew; a whole load anew; one with a tenant's file changed; the longest stall meanwhile."""
+    """Milliseconds: read and compile anew; a whole load anew; with one tenant's file changed; the longest stall meanwhile.
+
+    The third is the best of five, since others use this machine too.
+    """
     begun = time.perf_counter()
     bundles.read(directory)
     compiled = time.perf_counter() - begun
@@ -103,17 +107,23 @@ def reload(directory: Path, known: Policy) -> tuple[float, ...]:
             time.sleep(0.001)  # as a loop that waits for the next request
             longest[0] = max(longest[0], time.perf_counter() - at - 0.001)
 
+    gc.collect()
+    gc.freeze()  # as a node does once it has started
     watching = threading.Thread(target=watch)
     watching.start()
     begun = time.perf_counter()
     Policy.load(directory)
     whole = time.perf_counter() - begun
     known = Policy.load(directory, known=known)
-    rules = directory / "tenants/t3/00-roles.cedar"
-    rules.write_text(rules.read_text() + rule("t3", 10_000))
-    begun = time.perf_counter()
-    Policy.load(directory, known=known)
-    again = time.perf_counter() - begun
+    rules, charter, again = directory / "tenants/t3/00-roles.cedar", directory / "charter.yaml", 60.0
+    for number in range(5):
+        rules.write_text(rules.read_text() + rule("t3", 10_000 + number))
+        charter.write_text(
+            charter.read_text().replace(f"version: {known.version}\n", f"version: {known.version + 1}\n")
+        )
+        begun = time.perf_counter()
+        known = Policy.load(directory, after=known)
+        again = min(again, time.perf_counter() - begun)
     stop.set()
     watching.join()
     return compiled * 1e3, whole * 1e3, again * 1e3, longest[0] * 1e3

@@ -69,7 +69,8 @@ class Policy:
 
         `after` is the policy in force: its successor needs a higher version, unless it is byte for byte the same.
         Files that `known` has with the same content are not parsed, validated and compiled again. `sample` is how many
-        random requests the self-test asks both engines, beside all cases. Each part that has `signers` bears a signature.
+        random requests the self-test asks both engines at most, beside all cases: about tenants whose rules were not
+        tried out with `known` as they are. Each part that has `signers` bears a signature.
         """
         known = known or after
         bundle = bundles.read(directory, known=None if known is None else known._bundle)
@@ -95,7 +96,12 @@ class Policy:
         for case in bundle.cases:
             made._try(case, slices)
             time.sleep(_YIELD_S)
-        for number, request in enumerate(selftest.requests(bundle, sample)):
+        among = None  # everybody
+        if known is not None and known._slices is not None:
+            among = selftest.changed(bundle, known._bundle)
+        if among is not None:
+            sample = min(sample, selftest.REQUESTS_A_TENANT * len(among))
+        for number, request in enumerate(selftest.requests(bundle, sample, among=among)):
             oracle = made._oracle if number % selftest.WHOLE_EVERY == 0 else slices.of(request.resource)
             if not made._agrees(request, made.decide(request), oracle):
                 raise BundleRefused("bundle", 0, f"self-test: {request.action} is decided otherwise by Cedar itself")

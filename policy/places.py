@@ -251,6 +251,11 @@ class Registry:
         self._domains = {about.trust_domain: place for place, about in charter.places.items()}
         self._forwarders = {about.identity: name for name, about in charter.forwarders.items()}
 
+    def says_the_same(self, other: Registry) -> bool:
+        """Whether another bundle's charter and members differ from these by the version alone."""
+        mine, theirs = (r._charter.model_copy(update={"version": 0}) for r in (self, other))
+        return mine == theirs and self._members == other._members
+
     def expand(self, names: Iterable[str]) -> frozenset[str]:
         """The regions that these names stand for; UnknownPlace for a name the charter does not have."""
         found: frozenset[str] = frozenset()

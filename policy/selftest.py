@@ -12,6 +12,7 @@ from policy.places import Registry
 from policy.request import Attest, Caller, InstallationFacts, KeyFacts, PrincipalKind, Request, Resource, TenantFacts
 
 REQUESTS: Final = 500
+REQUESTS_A_TENANT: Final = 50  # where only the files of few tenants changed
 WHOLE_EVERY: Final = 20  # one in so many is asked of the whole bundle, the others of the rules that can concern them
 _STATES: Final = ("preactive", "active", "active", "active", "suspended", "deactivated", "compromised", "destroyed")
 _REASONS: Final = ("customer-initiated", "customer-initiated", "unspecified", "vendor-initiated")
@@ -70,10 +71,23 @@ def _key(key: Mapping[str, Any], registry: Registry) -> KeyFacts:
     )
 
 
-def requests(bundle: Bundle, count: int = REQUESTS) -> Iterator[Request]:
-    """Random requests, the same ones for the same bundle: most within reach of a permit, some far from it."""
+def changed(bundle: Bundle, known: Bundle) -> frozenset[str] | None:
+    """The tenants whose rules alone differ; None if more does, so that anybody may be decided otherwise."""
+    if not bundle.registry.says_the_same(known.registry):
+        return None
+    names = bundle.files.keys() | known.files.keys()
+    differ = {name for name in names - {"charter.yaml"} if bundle.files.get(name) != known.files.get(name)}
+    owners = [name.split("/")[:2] for name in differ if not name.startswith("cases/")]  # all cases are tried anyway
+    return frozenset(owner[1] for owner in owners) if all(owner[0] == "tenants" for owner in owners) else None
+
+
+def requests(bundle: Bundle, count: int = REQUESTS, *, among: frozenset[str] | None = None) -> Iterator[Request]:
+    """Random requests, the same ones for the same bundle: most within reach of a permit, some far from it.
+
+    Callers are of the tenants `among`, if it is given, and so are most keys.
+    """
     rng = random.Random(bundle.digest)  # noqa: S311 - repeatable on purpose; nothing here is secret
-    words = _Words(rng, bundle)
+    words = _Words(rng, bundle, among)
     for _ in range(count):
         yield words.request()
 
@@ -81,12 +95,13 @@ def requests(bundle: Bundle, count: int = REQUESTS) -> Iterator[Request]:
 class _Words:
     """The tenants, roles, places, keys and strings that a bundle speaks of."""
 
-    def __init__(self, rng: random.Random, bundle: Bundle) -> None:
+    def __init__(self, rng: random.Random, bundle: Bundle, among: frozenset[str] | None) -> None:
         text = bundle.text
         self._rng, self._actions = rng, bundle.actions
         self._names = sorted(bundle.actions)
         self._places = sorted(bundle.registry.expand(["approved"]))
         self._tenants = sorted(bundle.registry.tenant_names())
+        self._callers_of = self._tenants if among is None else sorted(among)
         roles = {"workload", "operator", "officer", *re.findall(r'Role::"[^"/]*/([^"\\]+)"', text)}
         self._roles = sorted(roles)
         self._keys = ["some", *sorted(set(re.findall(r'Key::"([^"\\]+)"', text)))]
@@ -97,7 +112,7 @@ class _Words:
         """One question."""
         rng = self._rng
         name = rng.choice(self._names)
-        action, inside, tenant = self._actions[name], rng.random() < 0.7, rng.choice(self._tenants)
+        action, inside, tenant = self._actions[name], rng.random() < 0.7, rng.choice(self._callers_of)
         key = self._key(tenant if rng.random() < 0.8 else rng.choice(self._tenants))
 
         def near(of: frozenset[str]) -> frozenset[str]:
