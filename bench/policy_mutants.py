@@ -51,7 +51,7 @@ _OWN: Final[dict[str, tuple[str, ...]]] = {
     "exceptions": ("policy/test_exceptions.py", "service/test_exceptions.py"),
     "explain": ("policy/test_explain.py", "service/test_explain.py"),
     "facts": ("policy/test_engine.py", "policy/test_worked.py", "policy/test_differential.py"),
-    "freeze": ("service/test_freezes.py",),
+    "freeze": ("policy/test_freeze.py", "service/test_freezes.py"),
     "lockout": ("policy/test_lockout.py",),
     "oracle": ("policy/test_engine.py", "policy/test_worked.py"),
     "graph": ("policy/test_graph.py", "service/test_key_graph.py"),
