@@ -287,7 +287,7 @@ class Policy:
         try:
             request = selftest.case(case, self.registry)
             expect = case["expect"]
-        except (KeyError, TypeError, ValueError, UnknownPlace) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, UnknownPlace) as error:
             raise BundleRefused("cases", 0, f"case {title!r}: {type(error).__name__} {error}") from None
         decision = self.decide(request)
         if expect == "allow":
