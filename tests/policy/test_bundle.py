@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from policy import BundleRefused, Caller, KeyFacts, Policy, Request
 from policy.bundle import SHIPPED, Bundle, made, read, schema_actions
+from policy.signatures import Signer
 
 ROLES = "tenants/health/00-roles.cedar"
 PERMIT = '@id("x.y") @layer("{layer}") permit (principal, action, resource{scope}){when};'
@@ -667,6 +669,14 @@ def test_a_draft_follows_what_is_in_force_and_takes_over_what_did_not_change() -
         Policy.draft(sources, after=second)
     elsewhere = Policy.draft(changed, known=first)  # no rise is asked of what follows nothing
     assert elsewhere.digest == second.digest
+
+
+def test_a_configured_signer_makes_a_bundle_without_signatures_refused(bundle: Path) -> None:
+    """Whoever can write the directory could otherwise change the policy: `policy.signatures` says what counts."""
+    signers = [Signer("bundle", Ed25519PrivateKey.generate().public_key())]
+    with pytest.raises(BundleRefused, match=r"signatures/bundle\.sig:0: not there, and the configuration wants it"):
+        Policy.load(bundle, signers=signers, sample=0)
+    assert Policy.load(bundle, sample=0).digest == WHOLE.digest
 
 
 def test_what_was_in_force_once_decides_as_it_did() -> None:
