@@ -52,6 +52,7 @@ TRAPS = {
     "code in a string": r'principal != U::"\"+open(0)+\"" && "\\" != "\n"',
     "code in an attribute": 'principal has "b\\"]) or (True"',
     "overflow": "principal.n + 1 > 0",
+    "overflow that nothing looks at": "principal.n + 1 != 0",
     "overflow by sign": "-(0 - principal.n - 1) > 0",
     "an error behind an and": "principal.b && principal.n * 2 > 0",
     "no error before an and": "!principal.b && principal.n * 2 > 0",

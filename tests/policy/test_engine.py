@@ -455,10 +455,12 @@ def test_what_cedar_cannot_even_be_asked_it_has_not_allowed(shipped: Policy, fac
 def test_a_bundle_that_the_engines_decide_differently_is_refused() -> None:
     with pytest.raises(BundleRefused, match=r"expected charter\.t1-attested-release, got allow"):
         Generous.load(SHIPPED, sample=1)
-    with pytest.raises(BundleRefused, match="'workload encrypts at home': Cedar itself decides otherwise"):
+    with pytest.raises(
+        BundleRefused, match=r"^cases:0: case 'workload encrypts at home': Cedar itself decides otherwise"
+    ):
         Mistaken.load(SHIPPED, sample=1)
     sources = {p: data for p, data in read(SHIPPED).sources.items() if not p.startswith("cases/")}
-    with pytest.raises(BundleRefused, match=r"self-test: \w+ is decided otherwise by Cedar itself"):
+    with pytest.raises(BundleRefused, match=r"^bundle:0: self-test: \w+ is decided otherwise by Cedar itself"):
         Mistaken.draft(sources)
 
 
