@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from policy import BundleRefused, Caller, KeyFacts, Policy, Request
-from policy.bundle import SHIPPED, Bundle, made, read, schema_actions
+from policy.bundle import SHIPPED, Bundle, made, read, schema_actions, write_development
 from policy.signatures import Signer
 
 ROLES = "tenants/health/00-roles.cedar"
@@ -605,6 +605,64 @@ def test_a_file_that_did_not_change_is_not_read_again_and_one_that_did_is() -> N
     assert same == set(first.parts) - {ROLES}
     assert set(second.rules) - set(first.rules) == {"x"}
     assert second.text == made(files).text
+
+
+def test_a_development_bundle_is_the_shipped_one_with_authorities_people_and_agreements_of_its_own(
+    bundle: Path,
+) -> None:
+    domains = {"eu-de-1": "de-1.dev.example", "eu-de-2": "de-2.dev.example", "eu-fr-1": "fr.dev.example"}
+    people = {"health": {"operator": "mtls:de-1.dev.example:/health/o", "auditor": "oidc:https://idp.example/:a"}}
+    platform = "mtls:de-1.dev.example:/platform/p"
+    write_development(
+        bundle, trust_domains=domains, members=people, platform_member=platform, officer_member=f"{platform}/officer"
+    )
+    found = read(bundle)
+    registry = found.registry
+    assert (found.development, found.version, found.cases) == (True, 1, ())
+    assert (bundle / CHARTER).read_text().startswith("# A development charter")
+    assert {place: registry.place_of_trust_domain(domain) for place, domain in domains.items()} == {
+        p: p for p in domains
+    }
+    assert registry.place_of_trust_domain("no-1.allied.example") == "no-1"
+    assert {i: (m.tenant, m.role, m.person) for i, m in registry.members.items()} == {
+        "mtls:de-1.dev.example:/health/o": ("health", "operator", "health-operator"),
+        "oidc:https://idp.example/:a": ("health", "auditor", "health-auditor"),
+        platform: (None, "platform", "platform"),
+        f"{platform}/officer": (None, "officer", "officer"),
+    }
+    for tenant in ("health", "defence"):
+        for crossing in (("DE", "FR"), ("FR", "DE")):
+            (agreement,) = [a for a in found.agreements.of(tenant, crossing) if a.id.startswith("dev-")]
+            assert agreement.id == f"dev-{crossing[0]}-{crossing[1]}".lower()
+            assert agreement.purposes == {"default", "billing", "inference", "research", "training"}
+            assert (agreement.begins, agreement.ends) == (1_577_836_800, 4_102_444_800)  # 2020 to 2100
+        assert found.agreements.of(tenant, ("DE", "NO")) == ()
+    assert "development" in registry.legal_bases
+    assert set(registry.suppliers) == {"development"}
+    home = frozenset({"eu-de-1"})
+    places = dict.fromkeys(("residency", "execution", "reach", "egress"), home)
+    for tier in (1, 2, 3):
+        verdict = registry.verdict(
+            tenant="health",
+            tier=tier,
+            home="eu-de-1",
+            **places,
+            failover=frozenset(),
+            suppliers=["development"],
+            now=4_000_000_000_000_000,
+        )
+        assert verdict.gaps == ()
+    assert set(WHOLE.rules) - set(found.rules) == {"charter.t1-attested-release"}
+
+
+def test_a_development_bundle_takes_the_place_of_an_earlier_one_whole(bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("left over")
+    for directory in (bundle, bundle.parent / "new"):
+        write_development(directory, trust_domains={}, members={}, platform_member="mtls:a:/platform/p")
+        found = read(directory)
+        assert set(found.sources) == set(SOURCES) - {"cases/charter.yaml"}
+        assert set(found.registry.members) == {"mtls:a:/platform/p"}
+        assert [a.id for a in found.agreements.of("health", ("DE", "FR"))] == ["health-de-fr"]
 
 
 CASE: dict[str, Any] = {

@@ -402,6 +402,14 @@ def test_a_rule_that_errs_denies_and_the_log_names_it_and_no_fact(
     assert errs.agrees(request, decision)
     assert not errs.agrees(request, shipped.check(request))
     caplog.clear()
+    charter = shipped.bundle.sources["charter/00-charter.cedar"].replace(
+        b"context.callerProof < 3", when[8:-2].encode()
+    )
+    everyone = Policy.stored({**shipped.bundle.sources, "charter/00-charter.cedar": charter})
+    assert everyone.decide(request).rule_code == "POLICY-ERROR"
+    (told,) = caplog.records  # which of the rules for everyone it was is not known: none is named
+    assert vars(told)["facts"] == {"error": "OverflowError", "rule": "", "action": "encrypt"}
+    caplog.clear()
     errs.decide(ask(caller(), "nonsense"))
     assert vars(caplog.records[0])["facts"] == {"error": "ValueError", "rule": "", "action": "nonsense"}
 
