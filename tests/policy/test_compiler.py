@@ -282,6 +282,13 @@ def test_what_is_not_compiled_is_refused_with_file_line_and_reason(bundle: Path,
     assert reason in caught.value.reason
 
 
+@pytest.mark.parametrize("head", ['== NS::Action::"d"', 'in [Action::"d", NS::Action::"d"]'])
+def test_an_action_in_a_namespace_is_no_action_of_the_schema(head: str) -> None:
+    est = json.loads(cedarpy.policies_to_json_str(f"permit (principal, action {head}, resource);"))
+    with pytest.raises(Unsupported, match="namespace"):
+        Compiler().compile(est["staticPolicies"]["policy0"])
+
+
 def test_trap_4_a_template_is_refused_and_not_lost(bundle: Path) -> None:
     rules = bundle / ROLES
     rules.write_text(

@@ -26,7 +26,7 @@ from policy import (
     whereabouts,
     write_development,
 )
-from policy.bundle import SHIPPED, read
+from policy.bundle import SHIPPED, made, read
 from policy.facts import Facts
 
 HOME = frozenset({"eu-de-1"})
@@ -311,7 +311,7 @@ FORBID = '\n@id("{id}") @layer("tenant") @code("X-YZ") forbid (principal, action
 def with_rules(shipped: Policy, *rules: str) -> Policy:
     """The shipped bundle with more rules of the tenant health."""
     sources = dict(shipped.bundle.sources)
-    return Policy.stored({**sources, ROLES: sources[ROLES] + "".join(rules).encode()})
+    return Policy(made({**sources, ROLES: sources[ROLES] + "".join(rules).encode()}, known=shipped.bundle))
 
 
 def test_an_allowed_request_is_answered_with_its_decision_and_a_denied_one_raises_it(shipped: Policy) -> None:

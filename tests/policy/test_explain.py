@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from policy import Attest, Caller, KeyFacts, Policy, Request, TenantFacts
-from policy.bundle import SHIPPED
+from policy.bundle import SHIPPED, made
 from policy.exceptions import Waiver
 from policy.explain import MAX_FIXES, explain, fixes, said, shown
 from policy.grants import Grant
@@ -177,7 +177,7 @@ def test_every_condition_that_is_shipped_is_told_as_text_that_means_the_same(shi
 
 
 def with_rules(shipped: Policy, *rules: str, file: str = "tenants/health/99-more.cedar") -> Policy:
-    return Policy.stored({**shipped.bundle.sources, file: "\n".join(rules).encode()})
+    return Policy(made({**shipped.bundle.sources, file: "\n".join(rules).encode()}, known=shipped.bundle))
 
 
 def forbid(conditions: str, head: str = 'principal, action, resource is Key in Tenant::"health"') -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from policy import LockedOut, Policy
-from policy.bundle import SHIPPED
+from policy.bundle import SHIPPED, made
 from policy.lockout import POWERS, check, holders, lost, lowered, parted, strictest
 from policy.plan import files, told
 
@@ -27,7 +27,7 @@ def changed(shipped: Policy, edits: Mapping[str, tuple[str, str]]) -> Policy:
     for path, (was, becomes) in edits.items():
         assert was in sources[path], (path, was)
         sources[path] = sources[path].replace(was, becomes)
-    return Policy.stored({path: text.encode() for path, text in sources.items() if text})
+    return Policy(made({path: text.encode() for path, text in sources.items() if text}, known=shipped.bundle))
 
 
 def test_every_power_is_held_by_somebody_in_the_shipped_bundle(shipped: Policy) -> None:

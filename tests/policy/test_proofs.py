@@ -277,7 +277,8 @@ def conditions(wanted: list[str]) -> Formula:
     """A rule for each condition, as formulas over one world, so that they can be compared."""
     rule = '@id("x.{}") @layer("tenant") @code("X-YZ") forbid (principal, action, resource is Key in Tenant::"health")'
     rules = "".join(f"{rule.format(n)} when {{ {c} }};\n" for n, c in enumerate(wanted))
-    bundle = made({**read(SHIPPED).sources, "tenants/health/99-more.cedar": rules.encode()})
+    shipped = read(SHIPPED)
+    bundle = made({**shipped.sources, "tenants/health/99-more.cedar": rules.encode()}, known=shipped)
     return Formula(bundle, World([bundle], "Key"))
 
 
