@@ -403,8 +403,10 @@ def test_a_bundle_of_no_policies_or_no_charter_is_none(bundle: Path) -> None:
     assert "no policies" in refused({**bare, "charter/00.cedar": b" \n"}).reason
     assert refused({ROLES: SOURCES[ROLES]}).file == CHARTER
     (bundle / CHARTER).unlink()
-    with pytest.raises(BundleRefused, match=r"has no charter\.yaml"):
-        read(bundle)
+    for directory in (bundle, bundle / "nowhere"):
+        with pytest.raises(BundleRefused, match=r"has no charter\.yaml") as caught:
+            read(directory)
+        assert caught.value.file == str(directory / CHARTER)  # an operator may have named another directory
 
 
 def test_links_are_not_followed_and_signatures_are_no_part(bundle: Path) -> None:
@@ -516,6 +518,11 @@ def test_a_person_who_cannot_be_listed_is_refused_in_the_line_of_the_identity(
     assert reason in found.reason
 
 
+def test_a_person_whose_identity_is_spelled_with_escapes_is_refused_without_a_line() -> None:
+    found = refused(with_(MEMBERS, member("mtls:a.example:/health/\\x78", "workload")))
+    assert (found.file, found.line) == (MEMBERS, 0)
+
+
 def test_people_are_found_by_their_identity_with_tenant_and_role() -> None:
     entries = member("mtls:a.example:/health/x", "auditor") + member("oidc:https://idp.example/:sub-1")
     registry = taken(with_(MEMBERS, entries)).registry
@@ -534,7 +541,7 @@ def test_a_gateway_is_no_person(bundle: Path) -> None:
     key = "MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE="
     gateway = f'\nforwarders:\n  gate: {{identity: "{identity}", places: ["eu-de-1"], public_key: "{key}"}}\n'
     found = refused(with_(CHARTER, gateway))
-    assert found.file == CHARTER
+    assert (found.file, found.line) == (CHARTER, 0)
     assert "gate: a listed person too" in found.reason
     elsewhere = gateway.replace("people/operator-1", "gateways/one")
     assert taken(with_(CHARTER, elsewhere)).registry.forwarder_of(identity.replace("people/operator-1", "gateways/one"))
@@ -551,6 +558,7 @@ def test_a_gateway_is_no_person(bundle: Path) -> None:
         ("version: 1", "version: 1\nvision: 1", "vision:", "vision: Extra inputs"),
         ("  2: {residency_within", "  2: {residency_wit", "2:", "residency_wit"),
         ('groups: ["EEA", "ALLIED"]', "groups: [EEA, 5]", "no-1:", "places.no-1.groups.1"),
+        ('legal_bases: ["eu-law",', 'legal_bases: [\n  "law",\n  5,\n  "eu-law",', "5,", "legal_bases.1"),
     ],
 )
 def test_what_is_wrong_in_the_charter_is_named_with_its_line_and_a_hint(
