@@ -47,11 +47,11 @@ _OTHER: Final[dict[type[ast.operator], type[ast.operator]]] = {
 _OWN: Final[dict[str, tuple[str, ...]]] = {
     "bundle": ("policy/test_bundle.py",),
     "compiler": ("policy/test_compiler.py", "policy/test_differential.py"),
-    "engine": ("policy/test_engine.py", "policy/test_worked.py"),
+    "engine": ("policy/test_engine.py", "policy/test_bundle.py", "policy/test_grants.py"),
     "exceptions": ("policy/test_exceptions.py", "service/test_exceptions.py"),
     "explain": ("policy/test_explain.py", "service/test_explain.py"),
     "facts": ("policy/test_engine.py", "policy/test_worked.py", "policy/test_differential.py"),
-    "freeze": ("service/test_freezes.py",),
+    "freeze": ("policy/test_freeze.py", "service/test_freezes.py"),
     "lockout": ("policy/test_lockout.py",),
     "oracle": ("policy/test_engine.py", "policy/test_worked.py"),
     "graph": ("policy/test_graph.py", "service/test_key_graph.py"),

@@ -128,7 +128,10 @@ def made(files: Mapping[str, bytes], *, known: Bundle | None = None) -> Bundle:
         if path.endswith("members.yaml"):
             _members(path, data, members)
         elif path.startswith("cases/"):
-            cases += _list(path, _yaml(path, data), "cases")
+            listed = _list(path, _yaml(path, data), "cases")
+            if not all(isinstance(case, dict) for case in listed):
+                raise BundleRefused(path, 0, "each case is a mapping")
+            cases += listed
         elif path.endswith(".cedar"):
             texts[path] = _text(path, data)
     for name, about in charter.forwarders.items():
@@ -185,7 +188,7 @@ def files_in(directory: Path) -> dict[str, bytes]:
         name = str(path.relative_to(directory))
         if path.is_symlink():
             raise BundleRefused(name, 0, "links are not followed")
-        if name == SIGNATURES or name.startswith(f"{SIGNATURES}/") or path.is_dir():
+        if name.startswith(f"{SIGNATURES}/") or path.is_dir():
             continue
         try:
             found[name] = hostile.read_file(path, most=MAX_FILE)

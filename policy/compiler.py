@@ -28,7 +28,7 @@ class Unsupported(Exception):
 
 
 class RuleFailed(Exception):
-    """A policy could not be evaluated: the number of the rule, with the error as cause. It denies."""
+    """A policy could not be evaluated: the number of the rule (-1: one of several), with the error as cause. It denies."""
 
     def __init__(self, rule: int) -> None:
         super().__init__(f"rule {rule}")

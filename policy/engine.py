@@ -181,7 +181,7 @@ class Policy:
             )
             return self._agreed(request, self._granted(request, self._answer(request, allowed, hits)))
         except Exception as error:  # fail closed, whatever it is; its text may hold facts of the request
-            rule = self._rules[error.rule].id if isinstance(error, RuleFailed) else ""
+            rule = self._rules[error.rule].id if isinstance(error, RuleFailed) and error.rule >= 0 else ""
             kind = type(error.__cause__ or error).__name__
             log.error("decision failed", extra={"facts": {"error": kind, "rule": rule, "action": str(request.action)}})
             return self._denied("policy_denied", (), "POLICY-ERROR")
@@ -293,7 +293,7 @@ class Policy:
         try:
             request = selftest.case(case, self.registry)
             expect = case["expect"]
-        except (KeyError, TypeError, ValueError, UnknownPlace) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, UnknownPlace) as error:
             raise BundleRefused("cases", 0, f"case {title!r}: {type(error).__name__} {error}") from None
         decision = self.decide(request)
         if expect == "allow":

@@ -404,6 +404,9 @@ class _Encoder:
         if head["op"] != "All":
             entity = head["entity"]
             entity = entity.get("__entity", entity)
+            able = {self._world.kind} if of == "resource" else {"Workload", "Operator"}
+            if head["op"] == "==" and entity["type"] not in able:  # a tenant's key is in it, and is not it
+                return z3.BoolVal(False)
             parts.append(self._world.member(of, entity["type"], entity["id"]))
         return z3.simplify(z3.And(parts))
 

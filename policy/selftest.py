@@ -19,7 +19,10 @@ _REASONS: Final = ("customer-initiated", "customer-initiated", "unspecified", "v
 
 
 def case(given: Mapping[str, Any], registry: Registry) -> Request:
-    """The request that a case of `cases/*.yaml` describes. KeyError, TypeError, ValueError or UnknownPlace if none."""
+    """The request that a case of `cases/*.yaml` describes.
+
+    AttributeError, KeyError, TypeError, ValueError or UnknownPlace if it describes none.
+    """
 
     def places(name: str, default: tuple[str, ...] = ()) -> frozenset[str]:
         return registry.expand(given.get(name, default))

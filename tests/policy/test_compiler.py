@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 from cedar_engines import Engines, facts, key, principal
 from policy import BundleRefused, Policy, selftest
 from policy.bundle import SHIPPED, read, schema
-from policy.compiler import Action, Entity, _like, uid
+from policy.compiler import Action, Compiler, Entity, Unsupported, _like, uid
 from policy.oracle import Oracle, Slices
 from policy.request import KeyFacts
 
@@ -53,6 +54,7 @@ TRAPS = {
     "code in a string": r'principal != U::"\"+open(0)+\"" && "\\" != "\n"',
     "code in an attribute": 'principal has "b\\"]) or (True"',
     "overflow": "principal.n + 1 > 0",
+    "overflow that nothing looks at": "principal.n + 1 != 0",
     "overflow by sign": "-(0 - principal.n - 1) > 0",
     "an error behind an and": "principal.b && principal.n * 2 > 0",
     "no error before an and": "!principal.b && principal.n * 2 > 0",
@@ -60,7 +62,116 @@ TRAPS = {
     "action in its group": 'action in Action::"g" && action == Action::"d"',
     "records": "{a: 1, b: [1, 2]} == {b: [2, 1, 1], a: 1}",
     "sets of sets": "[[1], [2, 3]].contains([3, 2])",
+    "literal sets": "[1, 2] == [2, 1, 1] && [1] != [2] && ![[1]].contains([2])",
+    "sets of facts": "[principal.n, 1].contains(principal.n) && [principal.n].containsAny([1, principal.n])",
+    "a set holds all": "[principal.n, 1].containsAll([1]) && ![1].containsAll([principal.n, 1])",
+    "an empty set": "resource is K && resource.p.isEmpty() && ![principal.n].isEmpty()",
+    "records of facts": "{a: principal.n, b: 1}.a == principal.n && {a: principal.n} != {a: 1}",
+    "records in sets": "[{a: principal.n}].contains({a: principal.n}) && ![{a: 1}].contains({a: principal.n})",
+    "a record has what it has": '{a: principal.n} has a && (if principal.b then principal else U::"z") has n',
+    "an entity nobody knows has nothing": 'U::"z" has n',
+    "an attribute of an entity nobody knows": 'U::"z".n > 0',
+    "an attribute of the principal by another way": '(if principal.b then principal else U::"z").n > 0',
+    "an attribute of the resource by another way": '(if principal.b then K::"k" else K::"z").p.isEmpty()',
+    "an entity is in itself": 'U::"z" in U::"z" && !(U::"z" in U::"a") && U::"z" in [U::"y", U::"z"]',
+    "an entity nobody knows is in nothing else": 'U::"z" in G::"g"',
+    "the principal by another way is in its group": '(if principal.b then principal else U::"z") in G::"g"',
+    "the principal by another way is not in another": '(if principal.b then principal else U::"z") in G::"h"',
+    "the resource by another way is in itself": '(if principal.b then K::"k" else K::"z") in K::"k"',
+    "the action in one of several": 'action in [Action::"d", Action::"g"] && action != Action::"g"',
+    "is of the principal": "principal is U && !(resource is K && resource is K::R)",
+    "is in of the principal": 'principal is U in G::"g" && !(principal is U in G::"h")',
+    "like, a part at the beginning": '"ab" like "*a*" && "ab" like "a*" && "ab" like "*b"',
+    "like, a part after the other": '"ab" like "*ab*b*"',
+    "like, parts that touch": '"abab" like "*ab*ab*" && !("aba" like "*ab*ab*")',
+    "like, the last part once": '"xab" like "*ab*b"',
+    "like, two stars": '"ab" like "a**b" && "a" like "**"',
+    "like of a fact": r'principal.s like "U::*\"a\"" && !(principal.s like "U*b")',
+    "the largest number": "principal.n * 1 > 0 && principal.n - 1 < principal.n",
+    "the smallest number": "0 - principal.n - 1 < 0",
+    "below the smallest number": "0 - principal.n - 2 < 0",
+    "a negative number": "-principal.n < 0 && -1 < 0",
+    "comparisons": "1 < principal.n && principal.n <= principal.n && !(principal.n < principal.n) && principal.n >= 1",
+    "if": "(if principal.b then 1 else 2) == 1 && (if !principal.b then 1 else 2) == 2",
+    "or": "!principal.b || principal.n > 0",
+    "no error behind an or": "principal.b || principal.n * 2 > 0",
+    "an error before an or": "principal.n * 2 > 0 || principal.b",
+    "and of or": "(principal.b || !principal.b) && (!principal.b || principal.b) && principal.b",
+    "truth": "true && !false && (principal.b == true) && !(principal.b == false)",
 }
+HEADS = [
+    *(f"{p}, action, resource" for p in ('principal == U::"a"', 'principal == U::"b"', 'principal == U::"A"')),
+    *(f"{p}, action, resource" for p in ('principal in G::"g"', 'principal in G::"h"', 'principal in U::"a"')),
+    *(f"principal is U{p}, action, resource" for p in ("", ' in G::"g"', ' in G::"h"')),
+    *(f"principal, action {a}, resource" for a in ('== Action::"d"', 'in [Action::"d"]', 'in Action::"g"')),
+    *(f"principal, action, {r}" for r in ('resource == K::"k"', 'resource == K::"z"', 'resource == K::R::"r"')),
+    *(f"principal, action, {r}" for r in ('resource in K::"k"', "resource is K", 'resource is K::R in K::R::"r"')),
+    'principal == U::"a", action == Action::"d", resource == K::"k"',
+    'principal in G::"h", action == Action::"d", resource == K::"k"',
+    'principal == U::"a", action in Action::"g", resource in K::R::"r"',
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_both_engines_agree_on_whom_a_head_means(head: str) -> None:
+    everyone = '@id("a") permit (principal, action, resource);'
+    for text in (f'@id("p") permit ({head});', everyone + f'@id("f") forbid ({head}) when {{ principal.n > 0 }};'):
+        engines = Engines(text, by=SMALL, actions=ACTIONS)
+        for resource in (THING, OTHER):
+            assert engines.differ((USER, "d", resource, {})) is None
+
+
+def test_all_conditions_of_a_rule_must_hold() -> None:
+    for more, allowed in (("when", True), ("unless", False)):
+        text = f'@id("p") permit (principal, action, resource) when {{ principal.b }} {more} {{ principal.n > 0 }};'
+        engines = Engines(text, by=SMALL, actions=ACTIONS)
+        assert engines.ours(USER, "d", THING, {}).allowed is allowed
+        assert engines.differ((USER, "d", THING, {})) is None
+
+
+def test_every_rule_that_holds_is_told_and_no_other() -> None:
+    """Beside one another are forbids for everyone, which are first asked together, and such as mean some alone."""
+    forbids = {"n": "principal.n < 0", "b": "principal.b", "k": "resource is K", "r": "resource is K::R"}
+    text = "".join(f'@id("{i}") forbid (principal, action, resource) when {{ {c} }};' for i, c in forbids.items())
+    text += '@id("u") forbid (principal == U::"a", action, resource) unless { resource is K };'
+    text += '@id("p") permit (principal, action, resource);'
+    engines = Engines(text, by=SMALL, actions=ACTIONS)
+    for resource, rules in ((THING, {"b", "k"}), (OTHER, {"b", "r", "u"})):
+        assert engines.ours(USER, "d", resource, {}).rules == rules
+        assert engines.differ((USER, "d", resource, {})) is None
+    nobody = Entity("U", "c", {"b": False, "n": 1, "s": ""})
+    quiet = Engines(text.replace("resource is", "principal.b && resource is"), by=SMALL, actions=ACTIONS)
+    assert quiet.ours(nobody, "d", THING, {}).rules == {"p"}
+    assert quiet.differ((nobody, "d", THING, {})) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "inner", "after", "levels"),
+    [
+        ("!(", "true", ")", 40),
+        ("(if principal.b then ", "true", " else false)", 40),
+        ("(if ", "principal.b", " then true else false)", 40),
+        ("(principal.b && (principal.b || ", "principal.b", "))", 20),
+        ("(1 + ", "1", ")", 39),
+        ("[", "principal.n", "]", 39),
+        ("{a: ", "principal.n", "}", 39),
+    ],
+)
+def test_a_condition_is_nested_forty_levels_deep_and_no_deeper(
+    before: str, inner: str, after: str, levels: int
+) -> None:
+    def nested(count: int) -> str:
+        text = before * count + inner + after * count
+        return text if inner in {"true", "principal.b"} else f"{text} == {text}"
+
+    policies = [
+        json.loads(cedarpy.policies_to_json_str(f"permit (principal, action, resource) when {{ {nested(n)} }};"))
+        for n in (levels, levels + 1)
+    ]
+    fits, deep = (p["staticPolicies"]["policy0"] for p in policies)
+    Compiler().compile(fits)
+    with pytest.raises(Unsupported, match="nested deeper than 40"):
+        Compiler().compile(deep)
 
 
 @pytest.mark.parametrize("name", sorted(TRAPS))
@@ -123,6 +234,13 @@ def test_A_11_an_identity_with_wildcards_is_only_itself() -> None:
         ("", "", (), "", True),
         ("ab", "ab", (), "b", False),
         ("tr\ning", "tr", (), "ing", True),
+        ("abc", "", ("a", "b", "c"), "", True),
+        ("abc", "", ("b", "a"), "", False),
+        ("aba", "ab", (), "ba", False),
+        ("abba", "ab", (), "ba", True),
+        ("abb", "a", ("b",), "b", True),
+        ("ab", "a", ("b",), "b", False),
+        ("xa", "a", (), "", False),
     ],
 )
 def test_trap_7_like_is_linear_and_right(
@@ -139,6 +257,7 @@ REFUSED = {
     "tags": ('principal.hasTag("x")', "not compiled"),
     "four wildcards": ('context.purpose like "*a*b*c*"', "wildcards"),
     "nested too deeply": ("!" * 0 + "(if context.failover then " * 45 + "true" + " else false)" * 45, "nested deeper"),
+    "a decimal in a set": ('[decimal("1.0")].contains(decimal("1.00"))', "not compiled"),
     "an action in a namespace": ('action in NS::Action::"use"', "namespace"),
 }
 
@@ -163,6 +282,13 @@ def test_what_is_not_compiled_is_refused_with_file_line_and_reason(bundle: Path,
         Policy.load(bundle)
     assert (caught.value.file, caught.value.line) == (ROLES, lines + 2)
     assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize("head", ['== NS::Action::"d"', 'in [Action::"d", NS::Action::"d"]'])
+def test_an_action_in_a_namespace_is_no_action_of_the_schema(head: str) -> None:
+    est = json.loads(cedarpy.policies_to_json_str(f"permit (principal, action {head}, resource);"))
+    with pytest.raises(Unsupported, match="namespace"):
+        Compiler().compile(est["staticPolicies"]["policy0"])
 
 
 def test_trap_4_a_template_is_refused_and_not_lost(bundle: Path) -> None:

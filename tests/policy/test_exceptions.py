@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from policy import Caller, KeyFacts, Policy, Request
+from policy import Caller, KeyFacts, Policy, Request, TenantFacts
 from policy.bundle import SHIPPED
 from policy.exceptions import AHEAD_US, DAY_US, MOST, ExceptionRefused, Exceptions, Waiver, named, told, waived
 from policy.signed import LEASE_S, Instant, RowsDamaged, SignedRow
@@ -65,7 +65,16 @@ def of(days: float, **other: Any) -> Waiver:
 
 @pytest.mark.parametrize(
     ("waiver", "tiers"),
-    [(of(20), [2]), (of(45), [3]), (of(30), [2]), (of(90), [3]), (of(20), [2, 3]), (of(20, kind="egress"), [3])],
+    [
+        (of(20), [2]),
+        (of(45), [3]),
+        (of(30), [2]),
+        (of(90), [3]),
+        (of(20), [2, 3]),
+        (of(20, kind="egress"), [3]),
+        (dataclasses.replace(WAIVER, ends=NOW + 1), [2]),
+        (dataclasses.replace(WAIVER, begins=NOW + AHEAD_US, ends=NOW + AHEAD_US + DAY_US), [2]),
+    ],
 )
 def test_what_the_tier_allows_can_be(waiver: Waiver, tiers: list[int]) -> None:
     waiver.refuse(tiers, now=NOW)
@@ -97,6 +106,29 @@ def test_what_can_never_be_is_refused_with_its_field(pointer: str, waiver: Waive
     with pytest.raises(ExceptionRefused) as refused:
         waiver.refuse(tiers, now=NOW)
     assert refused.value.pointer == pointer
+    assert str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("waiver", "tiers", "code", "detail"),
+    [
+        (of(1, kind="residency"), [2], "not_allowed", "reach or egress"),
+        (of(1, places=()), [2], "empty", "at least one place"),
+        (of(1), [1], "tier_not_allowed", "tier 1"),
+        (of(45), [3, 2], "out_of_range", "at most 30 days"),
+        (of(91), [3], "out_of_range", "at most 90 days"),
+        (
+            dataclasses.replace(WAIVER, begins=NOW + AHEAD_US + 1, ends=NOW + AHEAD_US + DAY_US),
+            [2],
+            "out_of_range",
+            "at most 90 days from now",
+        ),
+    ],
+)
+def test_a_refusal_says_which_limit_was_passed(waiver: Waiver, tiers: list[int], code: str, detail: str) -> None:
+    with pytest.raises(ExceptionRefused, match=detail) as refused:
+        waiver.refuse(tiers, now=NOW)
+    assert refused.value.code == code
 
 
 # ---- when it counts --------------------------------------------------------------------------------------------------
@@ -138,6 +170,79 @@ def test_a_key_that_came_to_a_stricter_tier_is_held_to_that_ones_limit() -> None
     assert known(long).needed(asked(resource=facts(tier=3))) == (long,)
     assert not known(long).needed(asked(resource=facts(tier=2)))
     assert not known(WAIVER).needed(asked(resource=facts(tier=1)))
+    longest = of(30)
+    assert known(longest).needed(asked(resource=facts(tier=2))) == (longest,)
+    assert not known(dataclasses.replace(longest, ends=longest.ends + 1)).needed(asked(resource=facts(tier=2)))
+
+
+def test_one_of_several_keys_is_waived_as_every_other_of_them() -> None:
+    other = KEY.replace("1", "2")
+    several = dataclasses.replace(WAIVER, keys=(other, KEY))
+    both = known(several, dataclasses.replace(WAIVER, id=ID.replace("1", "2")))
+    assert len(both.needed(asked())) == 2
+    assert both.needed(asked(resource=facts(id=other))) == (several,)
+    assert both.needed(asked(resource=TenantFacts(KEY))) == ()
+
+
+def test_what_ended_was_revoked_or_left_the_rows_is_not_still_in_force() -> None:
+    ticks = [0.0]
+    now = [EXACT]
+    held = Exceptions(lambda: ticks[0], lambda: now[0])
+    held.confirm(0.0, 1, [WAIVER])
+    assert held.still(WAIVER)
+    held.revoke(WAIVER.id)
+    assert not held.still(WAIVER)
+    held = known(WAIVER, at=Instant(WAIVER.ends, 0))
+    assert not held.still(WAIVER)
+    assert not known().still(WAIVER)
+
+
+def test_the_next_end_is_that_of_the_live_exception_that_ends_first() -> None:
+    sooner = dataclasses.replace(WAIVER, id=ID.replace("1", "2"), ends=NOW + 90 * S)
+    egress = dataclasses.replace(WAIVER, id=ID.replace("1", "3"), kind="egress", ends=NOW + 60 * S)
+    over = dataclasses.replace(WAIVER, id=ID.replace("1", "4"), ends=NOW - 1)
+    held = known(WAIVER, sooner, egress, over)
+    assert (held.next_end_s("reach"), held.next_end_s("egress")) == (90.0, 60.0)
+    assert {w.id for w in held.live_now("reach")} == {WAIVER.id, sooner.id}
+    assert known(over).next_end_s("reach") == float("inf")
+
+
+# ---- why one does not count, as an explanation tells it --------------------------------------------------------------
+
+
+EGRESS = dataclasses.replace(WAIVER, kind="egress")
+
+
+@pytest.mark.parametrize(
+    ("waiver", "request_", "lacks"),
+    [
+        (WAIVER, asked(), ()),
+        (WAIVER, asked(purpose="other"), ("another purpose",)),
+        (WAIVER, asked(now=WAIVER.begins // S), ()),
+        (WAIVER, asked(now=WAIVER.begins // S - 1), ("not yet begun",)),
+        (WAIVER, asked(now=WAIVER.ends // S - 1), ()),
+        (WAIVER, asked(now=WAIVER.ends // S), ("ended",)),
+        (dataclasses.replace(WAIVER, revoked_at=NOW), asked(), ("revoked",)),
+        (dataclasses.replace(WAIVER, revoked_at=NOW), asked(now=NOW // S - 1), ()),  # as it was before
+        (WAIVER, asked(caller=dataclasses.replace(ABROAD, places=HOME | FRANCE)), ("other places",)),
+        (WAIVER, asked(dest=HOME), ()),
+        (EGRESS, asked(dest=FRANCE), ()),
+        (EGRESS, asked(dest=HOME), ("other places",)),
+        (WAIVER, asked(resource=facts(tier=1)), ("longer than the tier allows",)),
+        (of(30), asked(), ()),
+        (of(31), asked(), ("longer than the tier allows",)),
+        (of(31), asked(resource=TenantFacts("health")), ()),
+        (
+            dataclasses.replace(WAIVER, revoked_at=NOW),
+            asked(purpose="", now=WAIVER.ends // S),
+            ("another purpose", "ended", "revoked"),
+        ),
+    ],
+)
+def test_an_explanation_tells_all_that_an_exception_lacks(
+    waiver: Waiver, request_: Request, lacks: tuple[str, ...]
+) -> None:
+    assert waiver.lacks(request_) == lacks
 
 
 def test_what_is_damaged_or_was_not_read_for_the_lease_counts_not() -> None:
@@ -187,6 +292,8 @@ def test_the_charter_lets_in_what_is_waived_and_nothing_else() -> None:
 def test_a_row_gives_the_exception_back_and_any_other_content_is_damage() -> None:
     full = dataclasses.replace(WAIVER, request="{}", approvals={"a": "00"}, at=NOW)
     assert Waiver.of(full.row()) == full
+    revoked = dataclasses.replace(full.row(), revoked_at=NOW, revoked_by="officer")
+    assert Waiver.of(revoked) == dataclasses.replace(full, revoked_at=NOW, revoked_by="officer")
     for content in ("[]", "{}", "null", "x", json.dumps({**json.loads(full.row().content), "hsm": 1})):
         with pytest.raises(RowsDamaged):
             Waiver.of(SignedRow("w", "health", content, NOW, NOW))
@@ -198,4 +305,13 @@ def test_a_record_names_one_by_its_id_and_several_by_how_they_begin() -> None:
     for some in ([WAIVER], several, several[:2]):
         assert len(told(some)) <= 64
         assert set(named(told(some), [WAIVER, *several])) >= set(some)
+    assert told(several[:2]) == "01111111-2222.11111111-2222"
+    assert named(told(several[:2]), several) == tuple(several[:2])
     assert named("", [WAIVER]) == ()
+
+
+def test_only_the_places_of_the_kind_that_is_asked_for_are_let_in() -> None:
+    egress = dataclasses.replace(WAIVER, kind="egress", places=("no-1",))
+    assert waived([WAIVER, egress], "reach") == FRANCE
+    assert waived([WAIVER, egress], "egress") == {"no-1"}
+    assert waived([], "reach") == frozenset()

@@ -256,12 +256,110 @@ def test_what_this_process_did_survives_a_reading_that_began_before() -> None:
     assert not covers(held)
 
 
+def test_what_this_process_did_is_told_by_the_rows_once_they_are_read_afterwards() -> None:
+    ticks = [10.0]
+    held = Grants(lambda: ticks[0], lambda: Instant(NOW, 0))
+    held.confirm(10.0, 1, [])
+    held.add(GRANT)
+    held.revoke("another")
+    assert covers(held)  # at once: no reading lies between
+    assert held.still(GRANT)
+    another = dataclasses.replace(GRANT, id="another", operations=("encrypt",))
+    held.confirm(10.0, 2, [another])  # begun in the same instant: what was done may not be in it
+    assert covers(held)
+    assert not covers(held, action="encrypt")
+    ticks[0] = 12.0
+    held.confirm(11.0, 3, [another])  # begun afterwards: somebody else took the one back, and the other is there
+    assert not covers(held)
+    assert covers(held, action="encrypt")
+
+
+def test_a_revoked_grant_counts_no_more_from_the_moment_it_is_revoked() -> None:
+    held = known(GRANT)
+    held.revoke(GRANT.id)
+    assert not covers(held)
+    assert not held.still(GRANT)
+    held.add(GRANT)
+    assert not covers(held)
+
+
+def test_how_old_the_knowledge_is_can_be_told_and_damage_says_why() -> None:
+    ticks = [5.0]
+    held = Grants(lambda: ticks[0], lambda: Instant(NOW, 0))
+    assert (held.age_s, held.trusted, held.epoch, held.damaged) == (None, False, 0, "")
+    held.confirm(4.0, 7, [GRANT])
+    assert (held.age_s, held.trusted, held.epoch) == (1.0, True, 7)
+    ticks[0] = 4.0 + LEASE_S
+    assert held.trusted  # to the last moment of the lease
+    held.distrust("row g1 was changed")
+    assert (held.age_s, held.trusted, held.damaged) == (None, False, "row g1 was changed")
+    held.confirm(ticks[0])
+    assert (held.age_s, held.trusted, held.epoch, held.damaged) == (0.0, True, 7, "")
+    assert covers(held)
+
+
+def test_an_encryption_context_matters_only_to_a_caller_who_holds_a_grant_of_the_key() -> None:
+    held = known(GRANT)
+    assert held.held(KEY, SERVE) is True
+    assert held.held(KEY, SERVE + "r") is False
+    assert held.held("another", SERVE) is False
+
+
+def test_uses_are_told_and_forgotten_with_their_grant() -> None:
+    counted = dataclasses.replace(GRANT, max_uses=2)
+    held = known(counted)
+    assert held.uses(GRANT.id) == 0
+    held.used(GRANT.id, 1)
+    held.used(GRANT.id, 3)
+    assert held.uses(GRANT.id) == 3
+    held.confirm(0.0, 2, [counted])
+    assert held.uses(GRANT.id) == 3
+    held.confirm(0.0, 3, [])
+    assert held.uses(GRANT.id) == 0
+
+
+def test_a_second_grant_counts_where_the_first_does_not() -> None:
+    first = dataclasses.replace(GRANT, id="a", context_equals={"row": "7"})
+    ended = dataclasses.replace(GRANT, id="b", ends=NOW)
+    third = dataclasses.replace(GRANT, id="c", operations=("encrypt", "decrypt"))
+    assert covers(known(first, ended, third))
+    assert covers(known(first, ended, third), action="encrypt")
+    assert not covers(known(first, ended))
+    assert covers(known(first, ended), contexts=({"row": "7"},))
+
+
+# ---- why one does not count, as an explanation tells it --------------------------------------------------------------
+
+
+REVOKED = dataclasses.replace(GRANT, revoked_at=NOW)
+
+
+@pytest.mark.parametrize(
+    ("grant", "request_", "lacks"),
+    [
+        (GRANT, asked(), ()),
+        (GRANT, asked(caller=dataclasses.replace(WHO, id=SERVE + "r")), ("another caller",)),
+        (GRANT, asked(action="encrypt"), ("another operation",)),
+        (GRANT, asked(purpose=""), ("another purpose",)),
+        (GRANT, asked(now=GRANT.ends // S - 1), ()),
+        (GRANT, asked(now=GRANT.ends // S), ("ended",)),
+        (REVOKED, asked(), ("revoked",)),
+        (REVOKED, asked(now=NOW // S - 1), ()),  # as it was before
+        (REVOKED, asked(action="sign", purpose=""), ("another operation", "another purpose", "revoked")),
+    ],
+)
+def test_an_explanation_tells_all_that_a_grant_lacks(grant: Grant, request_: Request, lacks: tuple[str, ...]) -> None:
+    assert grant.lacks(request_) == lacks
+
+
 # ---- as rows and facts -----------------------------------------------------------------------------------------------
 
 
 def test_a_row_gives_the_grant_back_and_any_other_content_is_damage() -> None:
     full = dataclasses.replace(GRANT, context_subset={"a": "b"}, max_uses=3)
     assert Grant.of(full.row()) == full
+    revoked = dataclasses.replace(full.row(), revoked_at=NOW, revoked_by="officer")
+    assert Grant.of(revoked) == dataclasses.replace(full, revoked_at=NOW, revoked_by="officer")
     for content in ("[]", "{}", "null", "x", json.dumps({**json.loads(full.row().content), "tier": 1})):
         with pytest.raises(RowsDamaged):
             Grant.of(SignedRow("g", "health", content, NOW, NOW))

@@ -80,6 +80,13 @@ def test_a_derived_key_is_no_wider_and_no_weaker() -> None:
     assert elsewhere == [("child", "usable outside its residency: child -derive-> parent in eu-de-1")]
 
 
+def test_a_key_that_is_only_wrapped_is_not_held_to_its_holders_bounds() -> None:
+    for kind in ("wrap", "backup", "escrow"):
+        graph = KeyGraph({"kek": DE}, [Edge("key", "kek", kind)])
+        assert list(graph.wrong({"kek": Bound(DE, 1), "key": Bound(DE | FR, 3)})) == []
+        assert list(graph.wrong({"key": Bound(DE, 2)})) == []
+
+
 NODES = [f"n{i}" for i in range(7)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from policy import LockedOut, Policy
-from policy.bundle import SHIPPED
+from policy.bundle import SHIPPED, made
 from policy.lockout import POWERS, check, holders, lost, lowered, parted, strictest
 from policy.plan import files, told
 
@@ -27,7 +27,7 @@ def changed(shipped: Policy, edits: Mapping[str, tuple[str, str]]) -> Policy:
     for path, (was, becomes) in edits.items():
         assert was in sources[path], (path, was)
         sources[path] = sources[path].replace(was, becomes)
-    return Policy.stored({path: text.encode() for path, text in sources.items() if text})
+    return Policy(made({path: text.encode() for path, text in sources.items() if text}, known=shipped.bundle))
 
 
 def test_every_power_is_held_by_somebody_in_the_shipped_bundle(shipped: Policy) -> None:
@@ -146,3 +146,93 @@ def test_a_plan_tells_files_and_members_and_what_cannot_be_proved(shipped: Polic
     rule = '@id("health.like") @layer("tenant")\npermit (principal, action == Action::"encrypt", resource in Tenant::"health")\n'
     unproved = changed(shipped, {RULES: ("// Layer 1", rule + like + "\n// Layer 1")})
     assert "health.like" in told(shipped, unproved, now=NOW)["unproved"]
+
+
+def with_rule(shipped: Policy, when: str, action: str = 'action == Action::"rotate"') -> Policy:
+    """The shipped bundle with one more rule of a tenant, which forbids unless something holds."""
+    first = '@id("health.workload-use")'
+    rule = (
+        '@id("health.more") @layer("tenant") @code("HEALTH-MORE")\n'
+        f'forbid (principal, {action}, resource in Tenant::"health")\nunless {{ {when} }};\n'
+    )
+    return changed(shipped, {RULES: (first, rule + first)})
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        "context.callerProof >= 5",
+        "context.approvals >= 16",
+        "context.attest.level >= 3 && context.attest.tcbOk && context.attest.ageS == 0",
+        'context.purpose == "default" && context.reason == "customer-initiated"',
+        'context.hsm == Place::"eu-fr-1"',
+        'context.via == [Place::"us-mkt-1"] && resource.execution.contains(Place::"us-mkt-1")',
+        'context.caller == [Place::"eu-de-1"]',  # where the authority of those people is
+        "context.now == 1800000000",
+        'resource.state == "active" && resource.tier == 3 && resource.purposes == ["default"]',
+        "resource.failover.isEmpty() && resource.sharedWith.isEmpty()",
+        'resource.residency.contains(Place::"us-mkt-1") && resource.reach.contains(Place::"us-mkt-1")',
+    ],
+)
+def test_a_rule_that_somebody_in_the_best_place_can_meet_locks_nobody_out(shipped: Policy, when: str) -> None:
+    assert lost(shipped, with_rule(shipped, when), now=NOW) == ()
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        "context.callerProof >= 6",
+        "context.approvals >= 17",
+        "context.attest.level >= 4",
+        "context.now > 1800000000",
+        'context.caller.contains(Place::"eu-fr-1")',  # no authority of these people vouches for it
+        'context.hsm == Place::"atlantis"',
+        "context.via.isEmpty()",
+        "resource.tier < 3",
+    ],
+)
+def test_a_rule_that_nobody_can_ever_meet_locks_everybody_out(shipped: Policy, when: str) -> None:
+    (found,) = lost(shipped, with_rule(shipped, when), now=NOW)
+    assert (found.tenant, found.action, found.members) == ("health", "rotate", (f"{PEOPLE}/operator-1",))
+
+
+@pytest.mark.parametrize("identity", ["oidc:https://idp.example/:operator-1", "mtls:elsewhere.example:/health/o"])
+def test_who_is_vouched_for_by_no_regions_authority_may_be_anywhere(shipped: Policy, identity: str) -> None:
+    somewhere = changed(
+        with_rule(shipped, 'context.caller.contains(Place::"eu-fr-1")'), {MEMBERS: (f"{PEOPLE}/operator-1", identity)}
+    )
+    assert holders(somewhere, now=NOW)["health", "rotate"] == (identity,)
+
+
+def test_what_nobody_could_do_before_is_not_lost(shipped: Policy) -> None:
+    nobody = changed(shipped, {MEMBERS: ('role: "officer"', 'role: "auditor"')})
+    assert holders(nobody, now=NOW)["health", "freeze"] == ()
+    assert lost(nobody, nobody, now=NOW) == ()
+    assert {one.action for one in lost(nobody, with_rule(nobody, "context.approvals > 16"), now=NOW)} == {"rotate"}
+
+
+def test_the_installation_is_told_of_as_such_and_every_name_once(shipped: Policy) -> None:
+    platform = "installation/members.yaml"
+    people = "mtls:eu-de-1.gov.example:/platform/people"
+    without = changed(shipped, {platform: ('role: "officer"', 'role: "auditor"')})
+    with pytest.raises(LockedOut) as refused:
+        check(shipped, without, now=NOW)
+    assert str(refused.value) == (
+        f"nobody of the installation could changePolicy any more, today: {people}/officer-1; "
+        f"nobody of the installation could approve any more, today: {people}/officer-1"
+    )
+    assert refused.value.names == [f"{people}/officer-1"]
+    check(shipped, shipped, now=NOW)
+
+
+def test_rules_that_ask_for_one_approval_or_none_ask_for_so_many(shipped: Policy) -> None:
+    quorum = "context.approvals < 2 || (resource.tier == 1 && context.approvals < 3)"
+    one = changed(shipped, {CHARTER: (quorum, "context.approvals < 1")})
+    none = changed(shipped, {CHARTER: (quorum, "context.approvals < 0")})
+    assert [strictest(policy, now=NOW) for policy in (one, none)] == [1, 0]
+    assert [lowered(a, b, now=NOW) for a, b in ((shipped, one), (one, none), (none, shipped), (none, none))] == [
+        3,
+        1,
+        0,
+        0,
+    ]

@@ -9,7 +9,7 @@ import pytest
 import z3
 
 from policy import Policy, selftest
-from policy.bundle import SHIPPED, read, write_development
+from policy.bundle import SHIPPED, made, read, write_development
 from policy.proofs import PROMISES, Formula, NotEncodable, Proof, World, difference, idle, prove, told, unforbidden
 from policy.request import KeyFacts, Request
 
@@ -190,3 +190,153 @@ def test_what_has_no_formula_is_refused_and_named(tmp_path: Path) -> None:
     made = edited(tmp_path, CHARTER, "resource.purposes.contains(context.purpose)", 'context.purpose like "a*"')
     with pytest.raises(NotEncodable, match=r"charter\.purpose .*line \d+.*`like`"):
         prove(read(made))
+
+
+# ---- what a formula means --------------------------------------------------------------------------------------------
+
+
+EQUAL = [
+    ("context.now < 5", "!(context.now >= 5)"),
+    ("context.now <= 4", "5 > context.now"),
+    ("context.now > 4", "context.now >= 5"),
+    ("context.now + 1 == 5", "context.now == 4"),
+    ("context.now - 1 == 5", "context.now == 6"),
+    ("context.now * 2 == 10", "context.now == 5"),
+    ("-context.now == 5", "context.now == -5"),
+    ("context.now != 5", "context.now < 5 || context.now > 5"),
+    ("context.failover && context.attest.tcbOk", "!(!context.failover || !context.attest.tcbOk)"),
+    (
+        "if context.failover then context.now == 1 else context.now == 2",
+        "(context.failover && context.now == 1) || (!context.failover && context.now == 2)",
+    ),
+    ("context.failover == true", "context.failover != false"),
+    (
+        "context.failover != context.attest.tcbOk",
+        "(context.failover || context.attest.tcbOk) && !(context.failover && context.attest.tcbOk)",
+    ),
+    ('context.purpose == "a"', '["a"].contains(context.purpose)'),
+    ('["a", "b"].contains(context.reason)', 'context.reason == "a" || "b" == context.reason'),
+    (
+        'resource.purposes.contains("a") && context.purpose == "a"',
+        'resource.purposes.contains(context.purpose) && context.purpose == "a"',
+    ),
+    ('context.hsm == Place::"no-1"', '[Place::"no-1"].contains(context.hsm)'),
+    (
+        "resource.reach == context.via",
+        "resource.reach.containsAll(context.via) && context.via.containsAll(resource.reach)",
+    ),
+    ("context.via.isEmpty()", "!context.via.containsAny(context.via)"),
+    (
+        'context.via.containsAny([Place::"no-1", Place::"uk-1"])',
+        'context.via.contains(Place::"no-1") || context.via.contains(Place::"uk-1")',
+    ),
+    (
+        'context.via.containsAll([Place::"no-1", Place::"uk-1"])',
+        'context.via.contains(Place::"no-1") && context.via.contains(Place::"uk-1")',
+    ),
+    (
+        'context.via == [Place::"no-1"]',
+        'context.via.contains(Place::"no-1") && [Place::"no-1"].containsAll(context.via)',
+    ),
+    ('principal == Workload::"w"', 'principal is Workload && Workload::"w" == principal'),
+    ('principal in Operator::"w"', 'principal == Operator::"w"'),
+    ("principal is Workload", "!(principal is Operator)"),
+    (
+        'principal in [Role::"health/x", Role::"health/y"]',
+        'principal in Role::"health/x" || principal in Role::"health/y"',
+    ),
+    ('principal is Operator in Role::"health/x"', 'principal is Operator && principal in Role::"health/x"'),
+    ('principal in Tenant::"health"', 'principal.tenant == Tenant::"health"'),
+    ('resource == Key::"k1"', 'resource in Key::"k1"'),
+    ('resource in KeyRing::"health/r"', 'resource in KeyRing::"health/r" && resource in Tenant::"health"'),
+    ('action in Action::"release"', 'action in [Action::"release", Action::"decrypt"]'),
+    # What holds of every request that reaches the policies:
+    ("resource.tier >= 3", "resource.tier != 1 && resource.tier != 2"),
+    ("resource.tier <= 1", "resource.tier < 2 && resource.tier > 0"),
+    ('principal in Role::"health/x"', 'principal in Role::"health/x" && principal.tenant == Tenant::"health"'),
+    ('principal is Workload && action in Action::"encrypt"', 'action in Action::"encrypt"'),
+]
+ALWAYS = [
+    "resource has tier && context has now && principal has tenant && context.attest has level",
+    "resource.residency.containsAll(resource.failover)",
+    '!(resource.tier == 1 && resource.residency.contains(Place::"eu-fr-1"))',
+    '!(resource.tier == 2 && resource.residency.contains(Place::"us-mkt-1"))',
+    "context.now < 9007199254740992 && context.now > -9007199254740992",
+    "context.approvals < 9007199254740992 && context.attest.ageS < 9007199254740992",
+    'resource.state != "nonsense"',
+    'resource.tenant == Tenant::"health" || resource.tenant == Tenant::"defence"',
+    'context.hsm != Place::"nowhere-at-all"',
+    'context.hsm != Tenant::"health" || true',
+    'principal != Role::"health/x" || true',
+    '!(action in Action::"createKey")',
+    '!(principal is Operator && action in Action::"use")',
+]
+
+
+def conditions(wanted: list[str]) -> Formula:
+    """A rule for each condition, as formulas over one world, so that they can be compared."""
+    rule = '@id("x.{}") @layer("tenant") @code("X-YZ") forbid (principal, action, resource is Key in Tenant::"health")'
+    rules = "".join(f"{rule.format(n)} when {{ {c} }};\n" for n, c in enumerate(wanted))
+    shipped = read(SHIPPED)
+    bundle = made({**shipped.sources, "tenants/health/99-more.cedar": rules.encode()}, known=shipped)
+    return Formula(bundle, World([bundle], "Key"))
+
+
+def asked_of_health(formula: Formula) -> z3.Solver:
+    solver = z3.Solver()
+    solver.add(*formula.world.assumed(), formula.world.member("resource", "Tenant", "health"))
+    return solver
+
+
+def test_conditions_that_mean_the_same_have_formulas_that_do() -> None:
+    formula = conditions([c for pair in EQUAL for c in pair])
+    solver = asked_of_health(formula)
+    for n, pair in enumerate(EQUAL):
+        one, other = formula.rules[f"x.{2 * n}"], formula.rules[f"x.{2 * n + 1}"]
+        assert solver.check(one != other) == z3.unsat, pair
+        assert solver.check(one) == z3.sat, pair  # and each can hold and can fail
+        assert solver.check(z3.Not(one)) == z3.sat, pair
+
+
+def test_what_typed_code_keeps_from_the_policies_is_assumed_in_a_proof() -> None:
+    formula = conditions(ALWAYS)
+    solver = asked_of_health(formula)
+    for n, condition in enumerate(ALWAYS):
+        assert solver.check(z3.Not(formula.rules[f"x.{n}"])) == z3.unsat, condition
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        'context.purpose like "a*"',
+        "principal.clearance > 1",
+        'principal.home == Place::"eu-de-1"',
+        "resource.purposes.isEmpty()",
+        'resource.purposes.containsAny(["a"])',
+        'resource.purposes == ["a"]',
+        "[context.now].contains(1)",
+        "{a: 1} == {a: context.now}",
+    ],
+)
+def test_what_the_formula_cannot_say_it_refuses_to_say(condition: str) -> None:
+    with pytest.raises(NotEncodable, match=r"rule x\.0 \(tenants/health/99-more\.cedar, line 1\): .* has no proof"):
+        conditions([condition])
+
+
+@pytest.mark.parametrize(
+    ("head", "changes"),
+    [
+        ('resource == Tenant::"health"', {"Tenant"}),
+        ('resource == Tenant::"nobody"', set()),
+        ('resource == Installation::"installation"', {"Installation"}),
+        ('resource == Installation::"another"', set()),
+        ('resource == Key::"k1"', {"Key"}),
+    ],
+)
+def test_a_change_that_concerns_nobody_who_is_registered_is_none(tmp_path: Path, head: str, changes: set[str]) -> None:
+    rule = f'@id("x") @layer("charter") @code("X-YZ") forbid (principal, action, {head});\n// K1:'
+    found = difference(read(SHIPPED), read(edited(tmp_path, CHARTER, "// K1:", rule)))
+    assert {change.kind for change in found} == changes
+    for change in found:
+        assert change.newly == "denied"
+        assert Policy.load(SHIPPED, sample=0).decide(change.witness).allowed

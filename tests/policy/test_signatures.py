@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,26 @@ def checked(directory: Path) -> Bundle:
 
 def test_signatures_are_no_part_of_what_they_sign(directory: Path) -> None:
     assert checked(directory).digest == read(SHIPPED).digest
+
+
+def test_what_is_signed_can_be_made_again_by_whoever_has_the_files() -> None:
+    bundle = read(SHIPPED)
+    for part, version in (("bundle", "1"), ("tenants/health", "-")):
+        files = {
+            path: hashlib.sha256((SHIPPED / path).read_bytes()).hexdigest()
+            for path in bundle.sources
+            if part == "bundle" or path.startswith("tenants/health/")
+        }
+        manifest = json.dumps({"files": files, "part": part}, sort_keys=True, separators=(",", ":")).encode()
+        said = f"skms-policy-signature/v1\n{part} {version}\n{hashlib.sha256(manifest).hexdigest()}\n"
+        assert statement(bundle, part) == said.encode()
+
+
+def test_a_new_signature_takes_the_place_of_earlier_ones(tmp_path: Path) -> None:
+    for signature in (bytes(64), b"\1" * 64):
+        path = add(tmp_path, "tenants/health", signature)
+        assert path == tmp_path / "signatures/tenants/health.sig"
+        assert path.read_text() == base64.b64encode(signature).decode() + "\n"
 
 
 def append(path: str, text: str = "\n") -> Callable[[Path], None]:
@@ -123,7 +145,10 @@ def test_of_several_signatures_one_is_enough_so_that_keys_can_be_changed(directo
         (b"", "no signature of a signer"),
         (b"\xff\xfe\n", r"bundle\.sig:1: not base64"),
         (base64.b64encode(bytes(63)), r"bundle\.sig:1: not a signature of 64 bytes"),
+        (base64.b64encode(bytes(65)), r"bundle\.sig:1: not a signature of 64 bytes"),
         (base64.b64encode(bytes(64)), "no signature of a signer"),
+        (base64.b64encode(bytes(64)) + b"\nno\n", r"bundle\.sig:2: not base64"),
+        (base64.b64encode(bytes(64)) + b"\n\n", r"bundle\.sig:2: not a signature of 64 bytes"),
         (b"A" * 5_000, "larger than 4096 bytes"),
     ],
 )
