@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from service.config import Config
+from service.seats import Seats, seats
 
 log: Final = logging.getLogger("skms.supervisor")
 BACKOFF_S: Final = (0.1, 0.5, 1.0, 2.0, 5.0)
@@ -28,8 +29,8 @@ STOP_S: Final = 25.0
 class _Worker:
     """One worker's place: who serves in it, who is about to, and how often workers died young there."""
 
-    def __init__(self, command: list[str], fd: int, *, memory: int) -> None:
-        self._command, self._fd, self._memory = command, fd, memory
+    def __init__(self, command: list[str], fd: int, seats: Seats, *, memory: int) -> None:
+        self._command, self._fd, self._seats, self._memory = command, fd, seats, memory
         self.process: subprocess.Popen[bytes] | None = None
         self._successor: tuple[subprocess.Popen[bytes], int] | None = None  # and where it says that it serves
         self._leaving: list[subprocess.Popen[bytes]] = []
@@ -49,7 +50,7 @@ class _Worker:
             self.process = None
         if now >= self._due:
             self._born = now
-            self.process = subprocess.Popen(self._command, pass_fds=(self._fd,))
+            self.process = self._seats.start(self._command, [self._fd])
 
     def _recycle(self) -> None:
         """Hand over to a fresh process: the old one drains only after the new one serves."""
@@ -59,7 +60,7 @@ class _Worker:
                 log.warning("worker is replaced", extra={"facts": {"resident_mb": used >> 20}})
                 reading, writing = os.pipe()
                 command = [*self._command, "--ready-fd", str(writing)]
-                process = subprocess.Popen(command, pass_fds=(self._fd, writing))
+                process = self._seats.start(command, [self._fd, writing])
                 os.close(writing)
                 os.set_blocking(reading, False)
                 self._successor = process, reading
@@ -103,13 +104,15 @@ def supervise(config_file: Path, config: Config, *, workers: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    with socket.create_server((config.listen.host, config.listen.port), backlog=2_048) as listener:
+    address = config.listen.host, config.listen.port
+    with socket.create_server(address, backlog=2_048) as listener, seats(config.node.state_dir) as places:
         os.set_inheritable(listener.fileno(), True)
         command = [sys.executable, "-m", "service.cli.main", "serve", "--config", str(config_file)]
         command += ["--fd", str(listener.fileno())]
         memory = config.limits.worker_memory_mb << 20
-        crew = [_Worker(command, listener.fileno(), memory=memory) for _ in range(workers)]
+        crew = [_Worker(command, listener.fileno(), places, memory=memory) for _ in range(workers)]
         while not stopping:
+            places.clear()
             for worker in crew:
                 worker.tend()
             time.sleep(0.05)

@@ -522,7 +522,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         watched = health.watch(), poll(kms, Settings(engine)), containment.run(), tell_refusals(kms)
         of_audit = audit_jobs(config, engine, fleet, kms.log, guard, index_key, owner=owner)
         witnessed = watch_witnesses(config, engine, kms.log, observer, owner=owner)
-        for job in (scheduler.run(), drills.run(), follow(figures), *watched, *of_audit, *witnessed):
+        for job in (scheduler.run(), drills.run(), follow(figures), observer.follow(), *watched, *of_audit, *witnessed):
             task = asyncio.create_task(job)
             stack.callback(task.cancel)
         yield Node(create_app({"": native}), kms, health, scheduler, catalog)

@@ -17,6 +17,8 @@ def serve(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=1, help="worker processes")
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--metrics", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seat", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, 0)
@@ -33,6 +35,10 @@ def serve(argv: Sequence[str]) -> int:
 
         return supervise(arguments.config, config, workers=arguments.workers)
     gc.disable()  # imports make much and drop little: a tenth of the time to be ready
+    if arguments.seat is not None:
+        from service.seats import sit
+
+        sit(arguments.metrics, arguments.seat)
     from audit.anchors import AnchorUnusable
     from audit.chain import Bad
     from audit.log import Unavailable
