@@ -30,6 +30,8 @@ def examine(config: Config) -> list[Finding]:
         ("state directory", lambda: _directory(config.node.state_dir)),
         ("server certificate", lambda: _certificate(config.listen.certificate)),
         ("server key", lambda: _private(config.listen.private_key)),
+        ("client authorities", lambda: _certificate(config.listen.client_ca)),
+        *(("client revocation lists", lambda p=p: _crl(p)) for p in [config.listen.client_crl] if p is not None),
         ("disk", lambda: _disk(config.node.state_dir)),
         *((f"authority {t.domain}", lambda t=t: _certificate(t.authority)) for t in config.trust),
         *((f"PIN file of {h.name}", lambda h=h: _private(h.pin_file)) for h in config.hsm),
@@ -66,6 +68,17 @@ def _certificate(path: Path) -> str:
     if left < dt.timedelta(0):
         raise ValueError(f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}: renew it")
     return f"valid for {left.days} days"
+
+
+def _crl(path: Path) -> str:
+    from service.tlsfiles import first_update
+
+    left = first_update(path) - time.time()
+    if left < 0:
+        raise ValueError(
+            f"{path}: a revocation list has ended: fetch a new one, or all clients of its authority are refused"
+        )
+    return f"valid for {left / 3_600:.0f} hours"
 
 
 def _disk(path: Path) -> str:

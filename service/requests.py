@@ -603,6 +603,28 @@ class Observer:
         """Show what the witnesses cosign."""
         self._copies.append(_WitnessMetrics(witnessing, self.registry).refresh)
 
+    def watch_certificates(self, ends: Callable[[], Mapping[str, float]], refused: Callable[[], bool]) -> None:
+        """Show when the files of TLS end, and whether newer ones were refused."""
+        gauge = Gauge(
+            "skms_certificate_expires_seconds",
+            "Time until the first certificate or revocation list of a file ends",
+            ["certificate"],
+            registry=self.registry,
+            multiprocess_mode="livemin",
+        )
+
+        def copy() -> None:
+            for kind, seconds in ends().items():
+                gauge.labels(kind).set(seconds)
+
+        self._copies.append(copy)
+        self._gauge(
+            "skms_tls_files_refused",
+            "1 while changed files of TLS cannot be used, and the ones before go on",
+            refused,
+            "livemax",
+        )
+
     def observe(self, ask: Ask, source: str, method: str, status: int, now: int) -> None:
         """One request ended."""
         facts = ask.facts

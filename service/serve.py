@@ -15,7 +15,7 @@ import uvloop
 
 from service.config import Config
 from service.requests import configure_logging
-from service.server import server_of, tls_context
+from service.server import server_of
 from service.wiring import wire
 
 log: Final = logging.getLogger("skms.serve")
@@ -53,8 +53,7 @@ def _stop_on_signals(server: uvicorn.Server) -> None:
 async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: int | None) -> int:
     async with wire(config) as node:
         listen = config.listen
-        context = tls_context(str(listen.certificate), str(listen.private_key), str(listen.client_ca))
-        server = server_of(node.app, host=listen.host, port=listen.port, context=context)
+        server = server_of(node.app, host=listen.host, port=listen.port, context=node.tls.context)
         # What lives now lives until the end: the collector need not look at it again.
         gc.collect()
         gc.freeze()

@@ -46,12 +46,22 @@ def serve(argv: Sequence[str]) -> int:
     from policy import BundleRefused
     from service.database import DatabaseUnusable
     from service.serve import run
+    from service.tlsfiles import TlsFilesRefused
 
     try:
         return run(config, fd=arguments.fd, ready_fd=arguments.ready_fd)
     except ConfigInvalid as error:
         print(f"skms serve: {error}", file=sys.stderr)
         return 2
-    except (HsmUnavailable, SelfTestFailed, BundleRefused, DatabaseUnusable, Bad, AnchorUnusable, Unavailable) as error:
+    except (
+        HsmUnavailable,
+        SelfTestFailed,
+        BundleRefused,
+        DatabaseUnusable,
+        Bad,
+        AnchorUnusable,
+        Unavailable,
+        TlsFilesRefused,
+    ) as error:
         print(f"skms serve: {error}", file=sys.stderr)
         return 1
