@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -23,11 +24,14 @@ FENCED: Final = 71  # EX_OSERR of sysexits.h: start again
 
 
 async def _tell(server: uvicorn.Server, ready_fd: int) -> None:
-    """Tell the supervisor that this worker serves."""
+    """Tell the supervisor that this worker serves, and from then on each second that its event loop turns."""
     while not server.started:  # noqa: ASYNC110 - uvicorn has a flag, not an event
         await asyncio.sleep(0.02)
-    os.write(ready_fd, b"1")
-    os.close(ready_fd)
+    os.set_blocking(ready_fd, False)
+    while True:
+        with contextlib.suppress(OSError):  # it hears no more: it ended, or lets this worker go
+            os.write(ready_fd, b"1")
+        await asyncio.sleep(1)
 
 
 async def _leave_when_fenced(server: uvicorn.Server, fenced: asyncio.Event) -> None:
