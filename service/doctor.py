@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from service import integrity
 from service.config import Config
 
 
@@ -27,6 +28,7 @@ class Finding:
 def examine(config: Config) -> list[Finding]:
     """Every check, in the order in which a node needs them."""
     checks: list[tuple[str, Callable[[], str]]] = [
+        ("installed files", integrity.check),
         ("state directory", lambda: _directory(config.node.state_dir)),
         ("server certificate", lambda: _certificate(config.listen.certificate)),
         ("server key", lambda: _private(config.listen.private_key)),

@@ -74,6 +74,7 @@ from service.identity.api_token import ApiTokenProvider
 from service.identity.hops import Ways
 from service.identity.mtls import MtlsProvider
 from service.identity.oidc import OidcProvider
+from service.integrity import NAME
 from service.jobs import Forwarding, Scheduler, archive_old, index, notarise
 from service.keyfiles import KeyFileRefused, public_key
 from service.keygraph import GraphWatch
@@ -828,7 +829,7 @@ def audit_disk(config: Config) -> Disk:
 
 def version() -> str:
     """The version of the installed distribution."""
-    return importlib.metadata.version("sovereign-kms")
+    return importlib.metadata.version(NAME)
 
 
 def _open_facts(config: Config) -> audit.log.OpenFacts:
@@ -838,6 +839,6 @@ def _open_facts(config: Config) -> audit.log.OpenFacts:
 
 def distribution_digest() -> str:
     """SHA-256 over the hashes of the installed distribution's RECORD: which code wrote these records."""
-    files = importlib.metadata.distribution("sovereign-kms").files or []
+    files = importlib.metadata.distribution(NAME).files or []
     lines = sorted(f"{f} {f.hash.value if f.hash else ''}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

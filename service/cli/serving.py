@@ -8,10 +8,13 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
+
+ALTERED: Final = 8  # verification failed, as everywhere on the command line
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Serve until told to stop. Exit status 0, 1 for a failure, 2 for wrong usage or configuration."""
+    """Serve until told to stop. Exit status 0, 1 for a failure, 2 for wrong usage or configuration, 8 for altered files."""
     parser = argparse.ArgumentParser(prog="skms serve", description="Serve the API.")
     parser.add_argument("--config", type=Path, required=True, help="configuration file (TOML)")
     parser.add_argument("--workers", type=int, default=1, help="worker processes")
@@ -23,6 +26,13 @@ def serve(argv: Sequence[str]) -> int:
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, 0)
     )  # plaintexts and keys of messages are in memory: workers inherit it
+    from service.integrity import Altered, check
+
+    try:
+        check()
+    except Altered as altered:
+        print(f"skms serve: {altered}", file=sys.stderr)
+        return ALTERED
     from service.config import ConfigInvalid, load
 
     try:
