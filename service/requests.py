@@ -11,10 +11,8 @@ import contextlib
 import json
 import logging
 import os
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -37,6 +35,7 @@ from audit.witness import Witnessing
 from keystore import Admin
 from policy.exceptions import KINDS, LONGEST_US
 from service.kms import Ask, Kms
+from service.loglines import where
 from service.rows import Operations
 from service.seats import of_all_workers
 from service.sovereignty import Sovereignty
@@ -52,33 +51,6 @@ _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 
 Across = Literal["livesum", "livemin", "livemax"]  # what is told of the workers' values of a gauge
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line; a record's `facts` are its fields. Exceptions show type and place, never their text."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **getattr(record, "facts", {}),
-        }
-        if record.exc_info and record.exc_info[1] is not None:
-            line["exception"] = where(record.exc_info[1])
-        return json.dumps(line, default=str)
-
-
-def where(error: BaseException) -> list[str]:
-    """Type and code lines of an exception and its causes: its text may hold a caller's data (L-03), its place cannot."""
-    found: list[str] = []
-    current: BaseException | None = error
-    while current is not None and len(found) < 40:
-        found.append(type(current).__qualname__)
-        found += [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(current.__traceback__)[-8:]]
-        current = current.__cause__ or current.__context__
-    return found
 
 
 class RequestLines:
@@ -119,19 +91,6 @@ def _to_stderr(data: bytes) -> None:
     with contextlib.suppress(OSError):  # whoever read the lines is gone: no reason to serve no more
         while data:
             data = data[os.write(2, data) :]
-
-
-def configure_logging(level: str) -> None:
-    """Send every logger of this process to standard error as JSON lines, UTC."""
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = JsonLines()
-    formatter.converter = __import__("time").gmtime
-    handler.setFormatter(formatter)
-    logging.root.handlers = [handler]
-    logging.root.setLevel(level.upper())
-    # Third parties may log what they handle; what they have to say below a warning is not worth that.
-    for noisy in ("uvicorn", "httpx", "httpcore", "sqlalchemy", "asyncio", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 class _Total:

@@ -15,7 +15,7 @@ import uvicorn
 import uvloop
 
 from service.config import Config
-from service.requests import configure_logging
+from service.loglines import configure_logging
 from service.server import server_of
 from service.wiring import wire
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from service.config import Config
+from service.loglines import configure_logging
 from service.notify import Manager
 from service.seats import Seats, seats
 
@@ -134,6 +135,7 @@ def supervise(config_file: Path, config: Config, *, workers: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    configure_logging(config.log.level)
     manager = Manager(os.environ)
     address = config.listen.host, config.listen.port
     with socket.create_server(address, backlog=2_048) as listener, seats(config.node.state_dir) as places:
