@@ -51,6 +51,7 @@ class ListenSection(Struct, frozen=True, forbid_unknown_fields=True):
     certificate: Path
     private_key: Path
     client_ca: Path
+    client_crl: Path | None = None
     host: str = "127.0.0.1"
     port: Port = 8443
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from service import integrity
 from service.config import Config
 
 
@@ -27,9 +28,12 @@ class Finding:
 def examine(config: Config) -> list[Finding]:
     """Every check, in the order in which a node needs them."""
     checks: list[tuple[str, Callable[[], str]]] = [
+        ("installed files", integrity.check),
         ("state directory", lambda: _directory(config.node.state_dir)),
         ("server certificate", lambda: _certificate(config.listen.certificate)),
         ("server key", lambda: _private(config.listen.private_key)),
+        ("client authorities", lambda: _certificate(config.listen.client_ca)),
+        *(("client revocation lists", lambda p=p: _crl(p)) for p in [config.listen.client_crl] if p is not None),
         ("disk", lambda: _disk(config.node.state_dir)),
         *((f"authority {t.domain}", lambda t=t: _certificate(t.authority)) for t in config.trust),
         *((f"PIN file of {h.name}", lambda h=h: _private(h.pin_file)) for h in config.hsm),
@@ -66,6 +70,17 @@ def _certificate(path: Path) -> str:
     if left < dt.timedelta(0):
         raise ValueError(f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}: renew it")
     return f"valid for {left.days} days"
+
+
+def _crl(path: Path) -> str:
+    from service.tlsfiles import first_update
+
+    left = first_update(path) - time.time()
+    if left < 0:
+        raise ValueError(
+            f"{path}: a revocation list has ended: fetch a new one, or all clients of its authority are refused"
+        )
+    return f"valid for {left / 3_600:.0f} hours"
 
 
 def _disk(path: Path) -> str:

@@ -11,14 +11,21 @@ import contextlib
 import json
 import logging
 import os
-import sys
+import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from sqlalchemy import Engine
@@ -28,7 +35,9 @@ from audit.witness import Witnessing
 from keystore import Admin
 from policy.exceptions import KINDS, LONGEST_US
 from service.kms import Ask, Kms
+from service.loglines import where
 from service.rows import Operations
+from service.seats import of_all_workers
 from service.sovereignty import Sovereignty
 
 log: Final = logging.getLogger("skms.request")
@@ -37,34 +46,11 @@ alarm: Final = logging.getLogger("skms.alarm")
 _ATOMIC: Final = (
     4_096  # PIPE_BUF: workers share a pipe, and what one of them writes at once does not mix with others' lines
 )
+disable_created_metrics()  # type: ignore[no-untyped-call]  # when a counter began is told by no worker for the others
 _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a line; a record's `facts` are its fields. Exceptions show type and place, never their text."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **getattr(record, "facts", {}),
-        }
-        if record.exc_info and record.exc_info[1] is not None:
-            line["exception"] = where(record.exc_info[1])
-        return json.dumps(line, default=str)
-
-
-def where(error: BaseException) -> list[str]:
-    """Type and code lines of an exception and its causes: its text may hold a caller's data (L-03), its place cannot."""
-    found: list[str] = []
-    current: BaseException | None = error
-    while current is not None and len(found) < 40:
-        found.append(type(current).__qualname__)
-        found += [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(current.__traceback__)[-8:]]
-        current = current.__cause__ or current.__context__
-    return found
+Across = Literal["livesum", "livemin", "livemax"]  # what is told of the workers' values of a gauge
 
 
 class RequestLines:
@@ -107,50 +93,67 @@ def _to_stderr(data: bytes) -> None:
             data = data[os.write(2, data) :]
 
 
-def configure_logging(level: str) -> None:
-    """Send every logger of this process to standard error as JSON lines, UTC."""
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = JsonLines()
-    formatter.converter = __import__("time").gmtime
-    handler.setFormatter(formatter)
-    logging.root.handlers = [handler]
-    logging.root.setLevel(level.upper())
-    # Third parties may log what they handle; what they have to say below a warning is not worth that.
-    for noisy in ("uvicorn", "httpx", "httpcore", "sqlalchemy", "asyncio", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+class _Total:
+    """A counter whose value is kept elsewhere in this process."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._seen: dict[tuple[str, ...], float] = {}
+
+    def set(self, value: float, *labels: str) -> None:
+        """Count what came since the last time."""
+        counter = self._counter.labels(*labels) if labels else self._counter
+        counter.inc(max(0.0, value - self._seen.get(labels, 0.0)))
+        self._seen[labels] = value
 
 
-class _HsmMetrics(Collector):
-    """The HSMs as they are when somebody asks. No label but the HSM's name: rates by region are for the reader."""
+class _HsmMetrics:
+    """The HSMs as a worker has them. No label but the HSM's name: rates by region are for the reader."""
 
-    def __init__(self, kms: Kms) -> None:
-        self._kms = kms
+    def __init__(self, kms: Kms, registry: CollectorRegistry) -> None:
+        self._kms, hsm = kms, ["hsm"]
+        self._up = Gauge("skms_hsm_up", "1 while the HSM serves", hsm, registry=registry, multiprocess_mode="livemin")
+        self._drained = Gauge(
+            "skms_hsm_drained", "1 while the HSM gets no calls", hsm, registry=registry, multiprocess_mode="livemin"
+        )
+        self._epoch = Gauge(
+            "skms_hsm_epoch",
+            "Logins and re-initialisations so far",
+            hsm,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._cached = Gauge(
+            "skms_hsm_cached_keys", "Keys unwrapped and cached", hsm, registry=registry, multiprocess_mode="livesum"
+        )
+        self._sessions = Gauge(
+            "skms_hsm_sessions_open", "PKCS#11 sessions open", hsm, registry=registry, multiprocess_mode="livesum"
+        )
+        self._inside = Gauge(
+            "skms_hsm_in_flight", "Calls that have not ended", hsm, registry=registry, multiprocess_mode="livesum"
+        )
+        self._calls = _Total(Counter("skms_hsm_calls_total", "Calls so far", hsm, registry=registry))
+        self._errors = _Total(
+            Counter("skms_hsm_errors_total", "Calls that failed, by CKR name", ["hsm", "code"], registry=registry)
+        )
+        self._failovers = _Total(
+            Counter("skms_hsm_failovers_total", "Calls another HSM had to take over", hsm, registry=registry)
+        )
 
-    def collect(self) -> Iterator[Metric]:
+    def refresh(self) -> None:
         """Gauges and counters of each HSM."""
-        up = GaugeMetricFamily("skms_hsm_up", "1 while the HSM serves", labels=["hsm"])
-        drained = GaugeMetricFamily("skms_hsm_drained", "1 while the HSM gets no calls", labels=["hsm"])
-        epoch = GaugeMetricFamily("skms_hsm_epoch", "Logins and re-initialisations so far", labels=["hsm"])
-        cached = GaugeMetricFamily("skms_hsm_cached_keys", "Keys unwrapped and cached", labels=["hsm"])
-        sessions = GaugeMetricFamily("skms_hsm_sessions_open", "PKCS#11 sessions open", labels=["hsm"])
-        inside = GaugeMetricFamily("skms_hsm_in_flight", "Calls that have not ended", labels=["hsm"])
-        calls = CounterMetricFamily("skms_hsm_calls", "Calls so far", labels=["hsm"])
-        errors = CounterMetricFamily("skms_hsm_errors", "Calls that failed, by CKR name", labels=["hsm", "code"])
-        failovers = CounterMetricFamily("skms_hsm_failovers", "Calls another HSM had to take over", labels=["hsm"])
         for member in self._kms.fleet.members():
-            name = [member.name]
-            up.add_metric(name, float(member.state == "UP"))
-            drained.add_metric(name, float(member.admin is Admin.DRAINED))
-            inside.add_metric(name, member.in_flight)
-            calls.add_metric(name, member.calls)
-            failovers.add_metric(name, member.failovers)
-            for code, count in member.errors.items():
-                errors.add_metric([member.name, code], count)
-            if member.token is not None:
-                epoch.add_metric(name, member.token.epoch)
-                cached.add_metric(name, member.token.cached_keys)
-                sessions.add_metric(name, member.token.sessions_open)
-        yield from (up, drained, epoch, cached, sessions, inside, calls, errors, failovers)
+            name, token = member.name, member.token
+            self._up.labels(name).set(member.state == "UP")
+            self._drained.labels(name).set(member.admin is Admin.DRAINED)
+            self._inside.labels(name).set(member.in_flight)
+            self._calls.set(member.calls, name)
+            self._failovers.set(member.failovers, name)
+            for code, count in list(member.errors.items()):
+                self._errors.set(count, name, code)
+            self._epoch.labels(name).set(0 if token is None else token.epoch)
+            self._cached.labels(name).set(0 if token is None else token.cached_keys)
+            self._sessions.labels(name).set(0 if token is None else token.sessions_open)
 
 
 class _DrillMetrics(Collector):
@@ -178,33 +181,34 @@ class _DrillMetrics(Collector):
         yield from (took, refused)
 
 
-class _ExceptionMetrics(Collector):
+class _ExceptionMetrics:
     """Exceptions that count now, by tier and by what they waive, and when the next of them ends."""
 
-    def __init__(self, kms: Kms) -> None:
+    def __init__(self, kms: Kms, registry: CollectorRegistry) -> None:
         self._kms = kms
-
-    def collect(self) -> Iterator[Metric]:
-        """Gauges of each tier and criterion."""
-        known = self._kms.exceptions
-        live = GaugeMetricFamily("skms_exceptions_live", "Exceptions that count now", labels=["tier", "criterion"])
-        ends = GaugeMetricFamily(
+        self._live = Gauge(
+            "skms_exceptions_live",
+            "Exceptions that count now",
+            ["tier", "criterion"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._ends = Gauge(
             "skms_exception_next_end_seconds",
             "Time until the first of them ends: what it lets in is refused from then on",
-            labels=["criterion"],
+            ["criterion"],
+            registry=registry,
+            multiprocess_mode="livemin",
         )
+
+    def refresh(self) -> None:
+        """Gauges of each tier and criterion."""
+        known = self._kms.exceptions
         for kind in KINDS:
             open_now = known.live_now(kind)
             for tier in LONGEST_US:
-                live.add_metric([str(tier), kind], float(sum(w.tier == tier for w in open_now)))
-            ends.add_metric([kind], known.next_end_s(kind))
-        yield from (live, ends)
-        age = GaugeMetricFamily(
-            "skms_exceptions_age_seconds",
-            "Time since this worker read the exceptions: none counts if it could not for 3 s, or cannot believe them",
-        )
-        age.add_metric([], float("inf") if known.age_s is None else known.age_s)
-        yield age
+                self._live.labels(str(tier), kind).set(sum(w.tier == tier for w in open_now))
+            self._ends.labels(kind).set(known.next_end_s(kind))
 
 
 class _ComplianceMetrics(Collector):
@@ -242,64 +246,93 @@ class _ComplianceMetrics(Collector):
         yield from (below, ends, spread)
 
 
-class _AuditState(Collector):
-    """The state of this worker's chain: 1 for the one it is in."""
+class _AuditState:
+    """The states of the workers' chains."""
 
-    def __init__(self, kms: Kms) -> None:
+    def __init__(self, kms: Kms, registry: CollectorRegistry) -> None:
         self._kms = kms
+        self._states = Gauge(
+            "skms_audit_state",
+            "Workers whose chain is in the state",
+            ["state"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
 
-    def collect(self) -> Iterator[Metric]:
+    def refresh(self) -> None:
         """One sample for each state."""
-        states = GaugeMetricFamily("skms_audit_state", "1 for the state of the chain", labels=["state"])
         for state in ("STARTING", "RUNNING", "DEGRADED", "FENCED", "ROLLED_BACK", "CLOSED"):
-            states.add_metric([state], float(self._kms.log.state == state))
-        yield states
+            self._states.labels(state).set(self._kms.log.state == state)
 
 
-class _SinkMetrics(Collector):
-    """How far the receivers of the log are behind, as the database has it, and what went wrong in this worker."""
+class _SinkLag(Collector):
+    """How far the receivers of the log are behind, as the database has it."""
 
     def __init__(self, engine: Engine, sinks: Sequence[Forwarder], clock: Callable[[], int]) -> None:
         self._engine, self._sinks, self._clock = engine, sinks, clock
 
     def collect(self) -> Iterator[Metric]:
-        """Gauges and counters of each sink. No label but its name."""
+        """Gauges of each sink. No label but its name."""
         records = GaugeMetricFamily("skms_audit_sink_lag_records", "Records still to be forwarded", labels=["sink"])
         seconds = GaugeMetricFamily("skms_audit_sink_lag_seconds", "Age of the oldest of them", labels=["sink"])
         refused = GaugeMetricFamily(
             "skms_audit_sink_refused", "1 while the receiver refuses a record: any is an alarm", labels=["sink"]
         )
-        failures = CounterMetricFamily("skms_audit_sink_failures", "Deliveries that failed", labels=["sink"])
-        skipped = CounterMetricFamily("skms_audit_sink_skipped", "Records given up, each recorded", labels=["sink"])
         for name, lag in lags(self._engine, tuple(s.name for s in self._sinks), self._clock()).items():
             records.add_metric([name], lag.records)
             seconds.add_metric([name], lag.seconds)
             refused.add_metric([name], float(lag.refused))
-        for sink in self._sinks:
-            failures.add_metric([sink.name], sink.failures)
-            skipped.add_metric([sink.name], sink.skips)
-        yield from (records, seconds, refused, failures, skipped)
+        yield from (records, seconds, refused)
 
 
-class _WitnessMetrics(Collector):
-    """What each witness has cosigned, on the worker that asks them."""
+class _SinkMetrics:
+    """What went wrong with the receivers of the log."""
 
-    def __init__(self, witnessing: Witnessing) -> None:
-        self._witnessing = witnessing
-
-    def collect(self) -> Iterator[Metric]:
-        """Sizes, and failures of each witness."""
-        witnessed = GaugeMetricFamily("skms_audit_witnessed_size", "Entries of the root log that a quorum cosigned")
-        lag = GaugeMetricFamily(
-            "skms_audit_witness_lag_seconds", "Time since a witness last cosigned", labels=["witness"]
+    def __init__(self, sinks: Sequence[Forwarder], registry: CollectorRegistry) -> None:
+        self._sinks = sinks
+        self._failures = _Total(
+            Counter("skms_audit_sink_failures_total", "Deliveries that failed", ["sink"], registry=registry)
         )
-        failures = CounterMetricFamily("skms_audit_witness_failures", "Rounds without its answer", labels=["witness"])
-        witnessed.add_metric([], self._witnessing.witnessed)
-        for name, seen in self._witnessing.pusher.seen.items():
+        self._skipped = _Total(
+            Counter("skms_audit_sink_skipped_total", "Records given up, each recorded", ["sink"], registry=registry)
+        )
+
+    def refresh(self) -> None:
+        """Counters of each sink. No label but its name."""
+        for sink in self._sinks:
+            self._failures.set(sink.failures, sink.name)
+            self._skipped.set(sink.skips, sink.name)
+
+
+class _WitnessMetrics:
+    """What each witness has cosigned for the worker that asked it last."""
+
+    def __init__(self, witnessing: Witnessing, registry: CollectorRegistry) -> None:
+        self._witnessing = witnessing
+        self._witnessed = Gauge(
+            "skms_audit_witnessed_size",
+            "Entries of the root log that a quorum cosigned",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._lag = Gauge(
+            "skms_audit_witness_lag_seconds",
+            "Time since a witness last cosigned",
+            ["witness"],
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._failures = _Total(
+            Counter("skms_audit_witness_failures_total", "Rounds without its answer", ["witness"], registry=registry)
+        )
+
+    def refresh(self) -> None:
+        """Sizes, and failures of each witness."""
+        self._witnessed.set(self._witnessing.witnessed)
+        for name, seen in list(self._witnessing.pusher.seen.items()):
             if seen.time:
-                lag.add_metric([name], max(0.0, time.time() - seen.time))
-            failures.add_metric([name], seen.failures)
-        yield from (witnessed, lag, failures)
+                self._lag.labels(name).set(max(0.0, time.time() - seen.time))
+            self._failures.set(seen.failures, name)
 
 
 class _SovereigntyMetrics(Collector):
@@ -346,22 +379,21 @@ class _SovereigntyMetrics(Collector):
         yield from (critical, sovereign, gaps, share, loss, index, detected, contained, drilled)
 
 
-class _Count(Collector):
-    """A counter that is kept elsewhere."""
-
-    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
-        self._name, self._text, self._value = name, text, value
-
-    def collect(self) -> list[Metric]:
-        """Its value now."""
-        return [CounterMetricFamily(self._name, self._text, value=self._value())]
+def _age(seconds: float | None) -> float:
+    return float("inf") if seconds is None else seconds
 
 
 class Observer:
-    """Counts and logs every request. Labels are closed sets: no tenant, key or caller is one (COSMIAN-2026-004)."""
+    """Counts and logs every request. Labels are closed sets: no tenant, key or caller is one (COSMIAN-2026-004).
+
+    What the database tells is read when somebody asks, by the worker that is asked. All else is the worker's own, and kept
+    where every worker of the node can read it (`service.seats`); a gauge's `across` says what becomes of their values.
+    """
 
     def __init__(self, kms: Kms, operations: Operations, *, node: str, version: str) -> None:
-        self.registry = CollectorRegistry()
+        self.registry, self._told = CollectorRegistry(), CollectorRegistry()
+        self._copies: list[Callable[[], None]] = []
+        self._copying = threading.Lock()
         self._requests = Counter(
             "skms_operations_total",
             "Operations by outcome and code",
@@ -384,20 +416,61 @@ class Observer:
             ["reason"],
             registry=self.registry,
         )
-        info = Gauge("skms_build_info", "Version and node", ["version", "node"], registry=self.registry)
+        info = Gauge(
+            "skms_build_info",
+            "Version and node",
+            ["version", "node"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
         info.labels(version, node).set(1)
-        self._gauge("skms_audit_waiting_records", "Records that wait for their commit", lambda: kms.log.waiting)
-        self._gauge("skms_audit_next_seq", "Length of this worker's chain", lambda: kms.log.next_seq)
-        self._gauge("skms_audit_commit_age_seconds", "Time since the last commit", kms.log.last_commit_age_s)
+        self._gauge("skms_workers", "Workers that live", lambda: 1, "livesum")
         self._gauge(
-            "skms_audit_running",
-            "1 while the chain can be written",
-            lambda: float(kms.log.state == "RUNNING"),
+            "skms_worker_refreshed_timestamp_seconds",
+            "When each worker had last told how it is: the longest ago",
+            time.time,
+            "livemin",
+        )
+        self._watch_log(kms)
+        self._gauge(
+            "skms_policy_version", "Version of the policy bundle in force", lambda: kms.policy.version, "livemin"
         )
         self._gauge(
-            "skms_audit_checkpoint_age_seconds", "Age of the newest checkpoint", lambda: kms.log.checkpoint_age_s
+            "skms_transfer_agreement_expires_seconds",
+            "Time until the first of the agreements in force ends: what crosses under it is refused from then on",
+            kms.agreements_end_s,
+            "livemin",
         )
-        self._gauge("skms_audit_exposed_seconds", "How long a record stands without one", lambda: kms.log.exposed_s)
+        self._count(
+            "skms_policy_oracle_checked_total", "Decisions made again by Cedar itself", lambda: kms.shadow.checked
+        )
+        self._count(
+            "skms_policy_oracle_mismatch_total",
+            "Of those, decided otherwise: must be 0",
+            lambda: kms.shadow.mismatches,
+        )
+        self._watch_rows(kms)
+        self._copies.append(_HsmMetrics(kms, self.registry).refresh)
+        self._told.register(_DrillMetrics(operations))
+        self._told.register(_ComplianceMetrics(kms))
+
+    def _watch_log(self, kms: Kms) -> None:
+        log = kms.log
+        self._gauge("skms_audit_waiting_records", "Records that wait for their commit", lambda: log.waiting, "livesum")
+        self._gauge("skms_audit_next_seq", "Length of the workers' chains together", lambda: log.next_seq, "livesum")
+        self._gauge("skms_audit_commit_age_seconds", "Time since the last commit", log.last_commit_age_s, "livemax")
+        self._gauge(
+            "skms_audit_running", "1 while every chain can be written", lambda: log.state == "RUNNING", "livemin"
+        )
+        self._gauge(
+            "skms_audit_checkpoint_age_seconds",
+            "Age of the newest checkpoint",
+            lambda: log.checkpoint_age_s,
+            "livemax",
+        )
+        self._gauge(
+            "skms_audit_exposed_seconds", "How long a record stands without one", lambda: log.exposed_s, "livemax"
+        )
         self._group = Histogram(
             "skms_audit_commit_group_records",
             "Records in a commit",
@@ -407,50 +480,70 @@ class Observer:
         self._commit = Histogram(
             "skms_audit_commit_seconds", "Time of a commit", buckets=_BUCKETS, registry=self.registry
         )
-        kms.log.observe = self._committed
-        self._gauge("skms_audit_disk_used_ratio", "Part of the audit log's disk in use", lambda: kms.log.disk_used)
-        self._count("skms_audit_withheld", "Records whose results were not released", lambda: kms.log.withheld)
-        self._count("skms_audit_clock_steps", "Steps of the clock", lambda: kms.log.clock_steps)
-        self.registry.register(_AuditState(kms))
+        log.observe = self._committed
+        self._gauge(
+            "skms_audit_disk_used_ratio", "Part of the audit log's disk in use", lambda: log.disk_used, "livemax"
+        )
+        self._count("skms_audit_withheld_total", "Records whose results were not released", lambda: log.withheld)
+        self._count("skms_audit_clock_steps_total", "Steps of the clock", lambda: log.clock_steps)
+        self._copies.append(_AuditState(kms, self.registry).refresh)
+
+    def _watch_rows(self, kms: Kms) -> None:
         self._gauge(
             "skms_key_rows_damaged",
             "Uses of key rows that were changed outside the service: any is an alarm",
             lambda: kms.damaged_rows,
-        )
-        self._gauge("skms_policy_version", "Version of the policy bundle in force", lambda: kms.policy.version)
-        self._gauge(
-            "skms_transfer_agreement_expires_seconds",
-            "Time until the first of the agreements in force ends: what crosses under it is refused from then on",
-            kms.agreements_end_s,
+            "livesum",
         )
         self._gauge(
-            "skms_grants", "Grants that were not revoked, as this worker knows them", lambda: len(kms.grants.rows)
+            "skms_grants",
+            "Grants that were not revoked, as a worker knows them",
+            lambda: len(kms.grants.rows),
+            "livemin",
         )
         self._gauge(
             "skms_grants_age_seconds",
-            "Time since this worker read the grants: none counts if it could not for 3 s, or cannot believe them",
-            lambda: float("inf") if kms.grants.age_s is None else kms.grants.age_s,
+            "Time since a worker read the grants: none counts if it could not for 3 s, or cannot believe them",
+            lambda: _age(kms.grants.age_s),
+            "livemax",
         )
-        self.registry.register(_ExceptionMetrics(kms))
-        self._gauge("skms_freezes", "Freezes in force", lambda: len(kms.freezes.now.freezes))
+        self._copies.append(_ExceptionMetrics(kms, self.registry).refresh)
+        self._gauge(
+            "skms_exceptions_age_seconds",
+            "Time since a worker read the exceptions: none counts if it could not for 3 s, or cannot believe them",
+            lambda: _age(kms.exceptions.age_s),
+            "livemax",
+        )
+        self._gauge("skms_freezes", "Freezes in force", lambda: len(kms.freezes.now.freezes), "livemin")
         self._gauge(
             "skms_freezes_age_seconds",
-            "Time since this worker read the freezes: above the lease of a tier it refuses that tier's keys",
-            lambda: float("inf") if kms.freezes.age_s is None else kms.freezes.age_s,
-        )
-        self.registry.register(_HsmMetrics(kms))
-        self.registry.register(_DrillMetrics(operations))
-        self.registry.register(_ComplianceMetrics(kms))
-        self._count("skms_policy_oracle_checked", "Decisions made again by Cedar itself", lambda: kms.shadow.checked)
-        self._count(
-            "skms_policy_oracle_mismatch", "Of those, decided otherwise: must be 0", lambda: kms.shadow.mismatches
+            "Time since a worker read the freezes: above the lease of a tier it refuses that tier's keys",
+            lambda: _age(kms.freezes.age_s),
+            "livemax",
         )
 
-    def _gauge(self, name: str, text: str, value: Any) -> None:
-        Gauge(name, text, registry=self.registry).set_function(value)
+    def _gauge(self, name: str, text: str, value: Callable[[], float], across: Across) -> None:
+        gauge = Gauge(name, text, registry=self.registry, multiprocess_mode=across)
+        self._copies.append(lambda: gauge.set(value()))
 
     def _count(self, name: str, text: str, value: Callable[[], float]) -> None:
-        self.registry.register(_Count(name, text, value))
+        total = _Total(Counter(name, text, registry=self.registry))
+        self._copies.append(lambda: total.set(value()))
+
+    def refresh(self) -> None:
+        """Copy what is kept elsewhere in this worker to where whoever is asked finds it."""
+        with self._copying:  # a thread that answers and the task of `follow` would count twice
+            for copy in self._copies:
+                copy()
+
+    async def follow(self) -> None:
+        """Refresh each second, for ever: another worker may be asked."""
+        while True:
+            try:
+                self.refresh()
+            except Exception as error:  # the next round tries again; `skms_worker_refreshed_timestamp_seconds` tells
+                log.warning("metrics not refreshed", extra={"facts": {"error": type(error).__name__}})
+            await asyncio.sleep(1)
 
     def _committed(self, records: int, seconds: float) -> None:
         self._group.observe(records)
@@ -458,15 +551,38 @@ class Observer:
 
     def watch_sinks(self, engine: Engine, sinks: Sequence[Forwarder], clock: Callable[[], int]) -> None:
         """Show how far the receivers of the log are behind."""
-        self.registry.register(_SinkMetrics(engine, sinks, clock))
+        self._told.register(_SinkLag(engine, sinks, clock))
+        self._copies.append(_SinkMetrics(sinks, self.registry).refresh)
 
     def watch_sovereignty(self, figures: Sovereignty) -> None:
         """Show the figures of sovereignty."""
-        self.registry.register(_SovereigntyMetrics(figures))
+        self._told.register(_SovereigntyMetrics(figures))
 
     def watch_witnesses(self, witnessing: Witnessing) -> None:
         """Show what the witnesses cosign."""
-        self.registry.register(_WitnessMetrics(witnessing))
+        self._copies.append(_WitnessMetrics(witnessing, self.registry).refresh)
+
+    def watch_certificates(self, ends: Callable[[], Mapping[str, float]], refused: Callable[[], bool]) -> None:
+        """Show when the files of TLS end, and whether newer ones were refused."""
+        gauge = Gauge(
+            "skms_certificate_expires_seconds",
+            "Time until the first certificate or revocation list of a file ends",
+            ["certificate"],
+            registry=self.registry,
+            multiprocess_mode="livemin",
+        )
+
+        def copy() -> None:
+            for kind, seconds in ends().items():
+                gauge.labels(kind).set(seconds)
+
+        self._copies.append(copy)
+        self._gauge(
+            "skms_tls_files_refused",
+            "1 while changed files of TLS cannot be used, and the ones before go on",
+            refused,
+            "livemax",
+        )
 
     def observe(self, ask: Ask, source: str, method: str, status: int, now: int) -> None:
         """One request ended."""
@@ -507,5 +623,6 @@ class Observer:
         log.error("internal error", extra={"facts": {"request_id": ask.request_id, "exception": where(error)}})
 
     def exposition(self) -> bytes:
-        """The metrics in Prometheus text format."""
-        return generate_latest(self.registry)
+        """The metrics of the node in Prometheus text format, whichever of its workers is asked."""
+        self.refresh()
+        return generate_latest(of_all_workers(self.registry)) + generate_latest(self._told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -14,8 +15,8 @@ import uvicorn
 import uvloop
 
 from service.config import Config
-from service.requests import configure_logging
-from service.server import server_of, tls_context
+from service.loglines import configure_logging
+from service.server import server_of
 from service.wiring import wire
 
 log: Final = logging.getLogger("skms.serve")
@@ -23,11 +24,14 @@ FENCED: Final = 71  # EX_OSERR of sysexits.h: start again
 
 
 async def _tell(server: uvicorn.Server, ready_fd: int) -> None:
-    """Tell the supervisor that this worker serves."""
+    """Tell the supervisor that this worker serves, and from then on each second that its event loop turns."""
     while not server.started:  # noqa: ASYNC110 - uvicorn has a flag, not an event
         await asyncio.sleep(0.02)
-    os.write(ready_fd, b"1")
-    os.close(ready_fd)
+    os.set_blocking(ready_fd, False)
+    while True:
+        with contextlib.suppress(OSError):  # it hears no more: it ended, or lets this worker go
+            os.write(ready_fd, b"1")
+        await asyncio.sleep(1)
 
 
 async def _leave_when_fenced(server: uvicorn.Server, fenced: asyncio.Event) -> None:
@@ -53,8 +57,7 @@ def _stop_on_signals(server: uvicorn.Server) -> None:
 async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: int | None) -> int:
     async with wire(config) as node:
         listen = config.listen
-        context = tls_context(str(listen.certificate), str(listen.private_key), str(listen.client_ca))
-        server = server_of(node.app, host=listen.host, port=listen.port, context=context)
+        server = server_of(node.app, host=listen.host, port=listen.port, context=node.tls.context)
         # What lives now lives until the end: the collector need not look at it again.
         gc.collect()
         gc.freeze()

@@ -162,8 +162,11 @@ class TlsClientCertProtocol(HttpToolsProtocol):
         self._in_head, self._size = True, 0
 
 
-def tls_context(certificate: str, key: str, authorities: str) -> ssl.SSLContext:
-    """TLS 1.3, client certificates of the authorities in a file, no session tickets."""
+def tls_context(certificate: str, key: str, authorities: str, crls: str | None = None) -> ssl.SSLContext:
+    """TLS 1.3, client certificates of the authorities in a file, no session tickets.
+
+    With `crls`, a client's certificate needs a valid revocation list of its authority in that file, and must not be on it.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.num_tickets = 0
@@ -171,6 +174,9 @@ def tls_context(certificate: str, key: str, authorities: str) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_OPTIONAL  # no certificate is an anonymous caller: health, tokens
     context.load_cert_chain(certificate, key)
     context.load_verify_locations(authorities)
+    if crls is not None:
+        context.load_verify_locations(crls)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     return context
 
 

@@ -48,7 +48,7 @@ from keystore import (
     proof_of,
 )
 from keystore.pkcs11 import TokenConfig, open_token, total_calls
-from policy import BundleRefused, Freezes, Policy, Registry
+from policy import BundleRefused, Freezes, Policy
 from policy.bundle import files_in
 from policy.exceptions import Exceptions, Waiver
 from policy.grants import Grant, Grants
@@ -74,6 +74,7 @@ from service.identity.api_token import ApiTokenProvider
 from service.identity.hops import Ways
 from service.identity.mtls import MtlsProvider
 from service.identity.oidc import OidcProvider
+from service.integrity import NAME
 from service.jobs import Forwarding, Scheduler, archive_old, index, notarise
 from service.keyfiles import KeyFileRefused, public_key
 from service.keygraph import GraphWatch
@@ -99,6 +100,7 @@ from service.shadow import Shadow
 from service.sovereignty import Sovereignty, follow
 from service.timekeeping import Timekeeper
 from service.timestamps import Timestamps
+from service.tlsfiles import TlsFiles
 from service.webauthn import Credential, decoded
 from service.witnesses import Witnesses, checked, post_quantum_of, pusher_of, witness_of
 
@@ -119,6 +121,7 @@ class Node:
     health: Health
     scheduler: Scheduler
     catalog: Catalog
+    tls: TlsFiles
 
     @staticmethod
     def pkcs11_calls() -> int:
@@ -485,7 +488,8 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         if applied is not None:
             await kms.tell_active()
         await record_ceremonies(kms, Settings(engine), config.node.state_dir)
-        identity = identity_of(config, kms, clock)
+        mtls, tls = peers_of(config, kms, clock)
+        identity = identity_of(config, kms, mtls, clock)
         health = Health(kms, fleet, ping=lambda: ping(engine))
         await health.check_hsms(everyone=True)
         owner = f"{config.node.name}/{uuid.uuid4()}"
@@ -499,10 +503,11 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         freezes = FreezeRows(engine, key=row_keys(fleet), region=config.node.region, clock=now)
         figures = Sovereignty(kms, operations, freezes, clock=clock)
         observer.watch_sovereignty(figures)
+        observer.watch_certificates(tls.ends, lambda: tls.refused)
         native = Native(
             kms,
             identity,
-            ways=ways_of(config, kms, idempotency, clock),
+            ways=ways_of(config, kms, mtls, idempotency, clock),
             drills=drills,
             containment=containment,
             requests=KeyRequests(kms, containment.quorum),
@@ -520,12 +525,22 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         scheduler = Scheduler(kms, lease, owner=owner, clock=clock, nightly=graph.due)
         start_sinks(config, engine, kms, observer, stack)
         watched = health.watch(), poll(kms, Settings(engine)), containment.run(), tell_refusals(kms)
-        of_audit = audit_jobs(config, engine, fleet, kms.log, guard, index_key, owner=owner)
-        witnessed = watch_witnesses(config, engine, kms.log, observer, owner=owner)
-        for job in (scheduler.run(), drills.run(), follow(figures), *watched, *of_audit, *witnessed):
+        of_audit = [
+            *audit_jobs(config, engine, fleet, kms.log, guard, index_key, owner=owner),
+            *watch_witnesses(config, engine, kms.log, observer, owner=owner),
+        ]
+        for job in (
+            scheduler.run(),
+            drills.run(),
+            tls.follow(),
+            observer.follow(),
+            follow(figures),
+            *watched,
+            *of_audit,
+        ):
             task = asyncio.create_task(job)
             stack.callback(task.cancel)
-        yield Node(create_app({"": native}), kms, health, scheduler, catalog)
+        yield Node(create_app({"": native}), kms, health, scheduler, catalog, tls)
         kms.draining = True
         with contextlib.suppress(audit.log.Unavailable):  # a log that cannot be written keeps no process alive
             await kms.tell_refusals()
@@ -682,34 +697,25 @@ def log_of(config: Config, engine: Engine, fleet: Fleet) -> audit.log.Log:
     )
 
 
-def identity_of(config: Config, kms: Kms, clock: Callable[[], int]) -> Authenticator:
+def peers_of(config: Config, kms: Kms, clock: Callable[[], int]) -> tuple[MtlsProvider, TlsFiles]:
+    """Who a connection's certificate is, and the files that say which connections there are; both follow their files."""
+    mtls = MtlsProvider(lambda: kms.policy.registry, config.trust, clock=lambda: clock() / 1e6)
+    return mtls, TlsFiles(config.listen, also=[t.authority for t in config.trust], takers=[mtls.reread])
+
+
+def identity_of(config: Config, kms: Kms, mtls: MtlsProvider, clock: Callable[[], int]) -> Authenticator:
     """Who may be recognised, and by which proof."""
-
-    def seconds() -> float:
-        return clock() / 1e6
-
-    return Authenticator(
-        ApiTokenProvider(kms.tokens),
-        OidcProvider(config.oidc, clock=seconds),
-        MtlsProvider(lambda: kms.policy.registry, config.trust, clock=seconds),
-    )
+    return Authenticator(ApiTokenProvider(kms.tokens), OidcProvider(config.oidc, clock=lambda: clock() / 1e6), mtls)
 
 
-def ways_of(config: Config, kms: Kms, idempotency: Idempotency, clock: Callable[[], int]) -> Ways:
+def ways_of(config: Config, kms: Kms, mtls: MtlsProvider, idempotency: Idempotency, clock: Callable[[], int]) -> Ways:
     """What proves through which forwarders a request came."""
-
-    def seconds() -> float:
-        return clock() / 1e6
-
-    def registry() -> Registry:
-        return kms.policy.registry
-
     return Ways(
-        registry,
-        MtlsProvider(registry, config.trust, clock=seconds).peer,
+        lambda: kms.policy.registry,
+        mtls.peer,
         once=lambda names, keep_us: idempotency.once(names, keep_us=keep_us),
         audience=str(config.node.installation),
-        clock=seconds,
+        clock=lambda: clock() / 1e6,
     )
 
 
@@ -823,7 +829,7 @@ def audit_disk(config: Config) -> Disk:
 
 def version() -> str:
     """The version of the installed distribution."""
-    return importlib.metadata.version("sovereign-kms")
+    return importlib.metadata.version(NAME)
 
 
 def _open_facts(config: Config) -> audit.log.OpenFacts:
@@ -833,6 +839,6 @@ def _open_facts(config: Config) -> audit.log.OpenFacts:
 
 def distribution_digest() -> str:
     """SHA-256 over the hashes of the installed distribution's RECORD: which code wrote these records."""
-    files = importlib.metadata.distribution("sovereign-kms").files or []
+    files = importlib.metadata.distribution(NAME).files or []
     lines = sorted(f"{f} {f.hash.value if f.hash else ''}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

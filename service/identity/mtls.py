@@ -65,9 +65,23 @@ class MtlsProvider:
         self, registry: Callable[[], Registry], trust: Sequence[Trusted], *, clock: Callable[[], float]
     ) -> None:
         self._registry, self._clock = registry, clock
-        self._authorities: Mapping[str, list[x509.Certificate]] = {t.domain: _authorities(t.authority) for t in trust}
+        self._trust = trust
+        self._authorities = self._read()
         self._proven: dict[bytes, tuple[str, str, float, float]] = {}
         self._callers: dict[tuple[bytes, str], tuple[Registry, Caller]] = {}  # by certificate and peer's address
+
+    def _read(self) -> Mapping[str, list[x509.Certificate]]:
+        return {t.domain: _authorities(t.authority) for t in self._trust}
+
+    def reread(self) -> Callable[[], None]:
+        """Read the authorities' files anew, OSError or ValueError if one cannot be used; what is returned puts them in force."""
+        found = self._read()
+
+        def enforce() -> None:
+            self._authorities = found
+            self._proven, self._callers = {}, {}  # proven by the others
+
+        return enforce
 
     async def identify(self, scope: Scope) -> Caller | None:
         """The caller of the connection's certificate; None without one."""

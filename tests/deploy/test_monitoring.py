@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from typing import Any
@@ -12,8 +11,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import Expr, MatrixSelector, VectorSelector, parse, walk
 
+from catalogue import documented
 from harness import ROOT, Lab
-from service import requests
 
 DEPLOY = ROOT / "deploy"
 ALERTS: list[dict[str, Any]] = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
@@ -38,7 +37,7 @@ def selectors(expression: str) -> list[VectorSelector]:
 
 @pytest.fixture
 async def series(lab: Lab) -> dict[str, set[str]]:
-    """Every series of a node and its labels; of those that it shows with sinks or witnesses only, what the source says."""
+    """Every series of a node and its labels; of those that it shows with sinks or witnesses only, what docs/metrics.md says."""
     for _ in range(2):  # the second shows what the first has counted
         text = (await lab.client("platform").get("/metrics")).raise_for_status().text
     found: dict[str, set[str]] = {"up": {"job", "instance"}}
@@ -47,11 +46,8 @@ async def series(lab: Lab) -> dict[str, set[str]]:
         for name in names | ({f"{family.name}_total"} if family.type == "counter" else set()):
             labels = {label for sample in family.samples for label in sample.labels}
             found.setdefault(name, set()).update(labels, {"job", "instance"})
-    for collector in (requests._SinkMetrics, requests._WitnessMetrics):
-        for kind, name, labels in re.findall(
-            r'(Gauge|Counter)MetricFamily\(\s*"(\w+)"[^)]*?(?:labels=\["(\w+)"\])?\s*\)', inspect.getsource(collector)
-        ):
-            found[name + ("_total" if kind == "Counter" else "")] = {labels, "job", "instance"} - {""}
+    for name, row in documented().items():
+        found.setdefault(name, set()).update(row.labels, {"job", "instance"})
     return found
 
 

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from service.ids import uuid4, uuid7
+from service.loglines import JsonLines, where
 from service.protocols.problems import ERRORS, OWN
-from service.requests import JsonLines, RequestLines, where
+from service.requests import RequestLines
 
 
 def line(message: str, **facts: object) -> str:
