@@ -436,6 +436,10 @@ TWO = frozenset({"eu-de-1", "eu-de-2"})
             {**OUT, "caller": who(proof=4), "resource": key(tier=1), "attest": Attest(3, 301, tcb_ok=True)},
             [{"attest": ({"level": 3, "age_s": 301, "tcb_ok": True}, {"level": 2, "age_s": 0, "tcb_ok": True})}],
         ),
+        (
+            {**OUT, "caller": who(proof=4), "resource": key(tier=1), "attest": Attest(1, 0, tcb_ok=True)},
+            [{"attest": ({"level": 1, "age_s": 0, "tcb_ok": True}, {"level": 2, "age_s": 0, "tcb_ok": True})}],
+        ),
         ({"resource": key(failover=HOME)}, [{"failover": (False, True)}]),
         (
             {"action": "createKey", "resource": TenantFacts("health")},
@@ -503,6 +507,7 @@ def _other_facts() -> list[dict[str, Any]]:
         ({"now": "soon"}, "now"),
         ({"approvals": True}, "approvals"),
         ({"caller": {"id": "x"}}, "caller"),
+        ({"caller": 5}, "caller: must be an object"),
         ({"resource": {"type": "Vault", "id": "x"}}, "resource.type"),
         ({"via": "eu-de-1"}, "via"),
     ],

@@ -13,7 +13,7 @@ import pytest
 
 from policy import BundleRefused, Policy
 from policy.bundle import SHIPPED, made, read
-from policy.hostile import MAX_BRACKETS, MAX_POLICY, Refused, bound_policy, bound_yaml, read_file
+from policy.hostile import MAX_BRACKETS, MAX_LEVELS, MAX_POLICY, Refused, bound_policy, bound_yaml, read_file
 
 ROLES, MEMBERS = "tenants/health/00-roles.cedar", "tenants/health/members.yaml"
 HEAD = (
@@ -99,6 +99,9 @@ def test_the_line_of_yaml_is_named() -> None:
         bound_yaml("a: 1\nb: 2\nc: &x 3\n")
     assert refused.value.line == 3
     bound_yaml("a: [[[{b: [1]}]]]\nc: '&x *y'\n")
+    bound_yaml("[" * MAX_LEVELS + "]" * MAX_LEVELS)
+    with pytest.raises(Refused, match="nested deeper than 32 levels"):
+        bound_yaml("[" * (MAX_LEVELS + 1) + "]" * (MAX_LEVELS + 1))
 
 
 @pytest.mark.parametrize("name", [ROLES, "charter.yaml", "cases/99.yaml"])

@@ -159,6 +159,10 @@ def test_a_change_is_told_by_what_it_newly_allows_and_denies(tmp_path: Path) -> 
     (change,) = difference(shipped, looser)
     assert (change.newly, change.kind, change.witness.caller.proof) == ("allowed", "Key", 2)
     assert [c.newly for c in difference(looser, shipped)] == ["denied"]
+    other = "context.callerProof < 2 || context.callerProof == 5 ||"
+    both = read(edited(tmp_path / "c", CHARTER, "context.callerProof < 3 ||", other))
+    found = difference(shipped, both)
+    assert [(c.newly, c.witness.caller.proof) for c in found] == [("allowed", 2), ("denied", 5)]
     roles = read(edited(tmp_path / "b", ROLES, 'Action::"createKey", Action::"createToken", ', 'Action::"createKey", '))
     (change,) = difference(shipped, roles)
     assert (change.newly, change.kind, change.witness.action) == ("denied", "Tenant", "createToken")
