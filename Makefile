@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
+.PHONY: setup demo test crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -27,6 +27,9 @@ soak: setup ## memory, descriptors and sessions over SECONDS (default eight hour
 
 exit-drill: setup ## from one HSM vendor to another and back under traffic, 10,000 keys
 	EXIT_DRILL_KEYS=$(or $(KEYS),10000) EXIT_DRILL_REQUESTS=20000 $(PY) -m pytest -q -s tests/end_to_end/test_exit_drill.py
+
+restore-drill: setup ## a backup restored into an empty installation with a fresh token, 10,000 keys, each used again
+	RESTORE_DRILL_KEYS=$(or $(KEYS),10000) $(PY) -m pytest -q -s tests/service/test_backup.py -k empty_installation
 
 serve: setup ## a development node in .dev, in the foreground
 	$(PY) -m service.cli.main dev up --dir .dev

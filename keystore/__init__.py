@@ -51,7 +51,7 @@ from keystore.key import (
     WrongState,
 )
 from keystore.rewrap import Rewrapping, RewrapRow
-from keystore.store import FENCES, Batch, Bounds, Keystore, NewKey, Plan, Sealed, check_use
+from keystore.store import FENCES, Batch, Bounds, Keystore, NewKey, Plan, Sealed, check_use, outdate_counts
 
 __all__ = [
     "EXTERNAL",
@@ -119,6 +119,7 @@ __all__ = [
     "difference",
     "from_text",
     "inspect",
+    "outdate_counts",
     "proof_of",
     "to_text",
 ]

@@ -698,6 +698,12 @@ class Catalog:
             self._writing_under(c, [row.kek])
             c.execute(sa.insert(_secret), [values])
 
+    @staticmethod
+    def raise_uses(c: Connection, suite: int, uses: int) -> None:
+        """Count every version of the keys of a suite as used so often at least."""
+        keys = sa.select(_key.c.key_id).where(_key.c.suite == suite)
+        c.execute(sa.update(_version).where(_version.c.key_id.in_(keys), _version.c.uses < uses).values(uses=uses))
+
     def lease_uses(self, key_id: uuid.UUID, number: int, count: int, *, limit: int | None = None) -> int:
         """Count up to `count` more uses of a version before they happen; how many, 0 once `limit` is reached.
 

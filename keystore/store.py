@@ -288,6 +288,11 @@ class _Lease:
     left: int = 0
 
 
+def outdate_counts(connection: Connection) -> None:
+    """A restored database may have counted fewer nonces than were used: keys whose suite counts them rotate (SP 800-38D)."""
+    Catalog.raise_uses(connection, ev.STRICT, STRICT_ROTATE)
+
+
 class Keystore:
     """The keys of one installation. Thread-safe."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 SCHEMA: Final = "0009"  # the newest revision among the migrations; a worker that finds it there has nothing to load
@@ -65,7 +65,7 @@ def open_engine(url: str) -> Engine:
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")
-    def _begun(connection: sa.Connection) -> None:
+    def _begun(connection: Connection) -> None:
         # A read takes no lock; a write takes its lock at once, so that it cannot fail halfway.
         reading = connection.get_execution_options().get("reading", False)
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
@@ -107,20 +107,25 @@ def migrate(engine: Engine, *, lock_dir: Path) -> None:
             f"the database has schema {found}, and this release knows none after {SCHEMA}: run the release that made it, or "
             f"restore a backup of before its upgrade"
         )
-    # A fifth of a worker's imports, and almost never needed.
-    from alembic import command
-    from alembic.config import Config as AlembicConfig
-
     lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    config = AlembicConfig()
-    config.set_main_option("script_location", str(MIGRATIONS))
     with (lock_dir / "migrate.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with engine.begin() as connection:
             if connection.dialect.name == "postgresql":  # other nodes lock files of their own
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATING})
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            upgrade(connection, SCHEMA)
+
+
+def upgrade(connection: Connection, to: str) -> None:
+    """Bring the schema to a revision, in the caller's transaction."""
+    # A fifth of a worker's imports, and almost never needed.
+    from alembic import command
+    from alembic.config import Config as AlembicConfig
+
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    command.upgrade(config, to)
 
 
 def revision(engine: Engine) -> str:

@@ -459,6 +459,11 @@ class Lease:
             connection.execute(mine.values(owner="", until=self._clock()))
 
     @staticmethod
+    def end_all(connection: Connection) -> None:
+        """Nobody holds any lease of this database: it was restored. The next holders get the next epochs."""
+        connection.execute(sa.update(_lease).values(owner="", until=0))
+
+    @staticmethod
     def fence(connection: Connection, name: str, epoch: int) -> None:
         """LeaseLost unless the lease still has this epoch, in the transaction of the caller, until that ends.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -76,7 +77,7 @@ policy_app, token_app, audit_app = group("Policy"), group("API tokens"), group("
 tenant_app, region_app, envelope_app = group("Tenants"), group("Regions"), group("Ciphertexts, offline")
 file_app, dev_app, config_app = group("Files of any size"), group("Development node"), group("Configuration")
 transfers_app = group("Data that crosses from one jurisdiction into another")
-witness_app = group("Being a witness of other logs")
+witness_app, backup_app = group("Being a witness of other logs"), group("Backups of the database")
 for name, sub in {
     "key": key_app,
     "alias": alias_app,
@@ -97,6 +98,7 @@ for name, sub in {
     "dev": dev_app,
     "config": config_app,
     "witness": witness_app,
+    "backup": backup_app,
 }.items():
     app.add_typer(sub, name=name)
 
@@ -2330,6 +2332,112 @@ def audit_verify(
             print(f"{'intact' if report.exit_status == OK else 'checked'} {log}: {count} records")
     if report.exit_status != OK:
         raise typer.Exit(FAILED_CHECK)
+
+
+BackupFile = Annotated[Path, typer.Option("--backup", help="the backup")]
+ArchiveDir = Annotated[Path | None, typer.Option(help="where pruned records were archived")]
+Anchor = Annotated[Path | None, typer.Option(help="a signed checkpoint from outside, newer than what must not be lost")]
+
+
+@backup_app.command("create")
+def backup_create(
+    config: ConfigFile, to: Annotated[Path, typer.Option(help="the new file; put it where this node cannot change it")]
+) -> None:
+    """Write the database into one signed file, as it is at this moment; the service may go on meanwhile."""
+    import asyncio
+
+    from service import backup, ceremonies
+
+    found = _config(config)
+    transcript = ceremonies.begin("backup", found, found.node.region)
+    with _backup_failures():
+        made = asyncio.run(backup.create(found, to, transcript=transcript))
+    show({**_shown_backup(made), **_kept(transcript, found)})
+
+
+@backup_app.command("verify")
+def backup_verify(file: BackupFile, trust: TrustFile, archive: ArchiveDir = None, checkpoint: Anchor = None) -> None:
+    """Check a backup anywhere, without HSM and network: the file, then the audit log in it; exit status 8 if it is wrong."""
+    from audit.verify import load_trust
+    from service import backup
+
+    with _backup_failures():
+        held = None if checkpoint is None else checkpoint.read_bytes()
+        found, report = backup.verify(file, load_trust(trust), archive=archive, held=held)
+    for finding in report.findings:
+        print(finding, file=sys.stderr)
+    show({**_shown_backup(found), "records": report.records, "intact": report.exit_status == OK})
+    if report.exit_status != OK:
+        raise typer.Exit(FAILED_CHECK)
+
+
+@backup_app.command("restore")
+def backup_restore(
+    config: ConfigFile,
+    file: BackupFile,
+    trust: TrustFile,
+    archive: ArchiveDir = None,
+    checkpoint: Anchor = None,
+    accept_unanchored: Annotated[bool, typer.Option(help="restore without --checkpoint")] = False,
+) -> None:
+    """Fill the configured, empty database from a backup: all of it, or nothing. The HSMs must hold its root KEKs."""
+    import asyncio
+
+    from audit.verify import load_trust
+    from service import backup, ceremonies
+
+    if (checkpoint is None) != accept_unanchored:
+        raise Failed(
+            USAGE,
+            "give --checkpoint FILE, a checkpoint from a witness, an auditor or a node's anchors, so that an older backup "
+            "than it is refused; or --accept-unanchored, if there is none",
+        )
+    found = _config(config)
+    transcript = ceremonies.begin("restore", found, found.node.region)
+    with _backup_failures():
+        held = None if checkpoint is None else checkpoint.read_bytes()
+        restoring = backup.restore(*(found, file, load_trust(trust)), archive=archive, held=held, transcript=transcript)
+        made = asyncio.run(restoring)
+    show({**_shown_backup(made), **_kept(transcript, found), "next": "skms audit verify, then start one node"})
+
+
+@contextlib.contextmanager
+def _backup_failures() -> Iterator[None]:
+    from audit.checkpoint import BadNote
+    from audit.verify import Unusable
+    from keystore import HsmUnavailable, SelfTestFailed
+    from service.backup import BackupRefused
+    from service.database import DatabaseUnusable
+
+    try:
+        yield
+    except BackupRefused as refused:
+        raise Failed(FAILED_CHECK, str(refused)) from None
+    except BadNote as error:
+        raise Failed(USAGE, f"the checkpoint: {error}") from None
+    except (Unusable, DatabaseUnusable) as error:
+        raise Failed(USAGE, str(error)) from None
+    except OSError as error:
+        raise Failed(USAGE, f"{error.filename or 'backup'}: {error.strerror or error}") from None
+    except (HsmUnavailable, SelfTestFailed) as error:
+        raise Failed(TEMPORARY, str(error)) from None
+
+
+def _shown_backup(found: Any) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    head = found.head
+    return {
+        "backup": str(found.path),
+        "sha256": found.sha256,
+        "installation": head.installation,
+        "log": head.origin,
+        "schema": head.schema,
+        "made at": datetime.fromtimestamp(head.at / 1e6, UTC).isoformat(timespec="seconds"),
+        "root KEKs": ", ".join(f"{region} version {version}" for region, version in sorted(head.roots.items())),
+        "keys": found.rows.get("keystore_key", 0),
+        "rows": sum(found.rows.values()),
+    }
 
 
 @audit_app.command("recover")
