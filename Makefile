@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
+.PHONY: setup demo test test-postgres nodes crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -15,6 +15,13 @@ test: setup
 crash: setup ## 1,000 kills under load, then one at each of 200 steps of a writer and of a notary
 	CRASH_KILLS=1000 $(PY) -m pytest -q tests/end_to_end/test_crash.py
 	KILL_STEPS=200 $(PY) -m pytest -q tests/audit/test_kills.py
+
+nodes: setup ## eight workers on two nodes over one PostgreSQL at full load for SECONDS (600), then every fault
+	NODES_SECONDS=$(or $(SECONDS),600) NODES_WORKERS=4 NODES_THREADS=8 $(PY) -m pytest -q -s tests/end_to_end/test_nodes.py
+
+test-postgres: setup ## the whole suite over PostgreSQL, nodes under a role that owns nothing
+	SKMS_TEST_DATABASE=postgresql $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not alone"
+	SKMS_TEST_DATABASE=postgresql $(PY) -m pytest -q -m alone
 
 mutations: setup ## 10,000 random changes of stored columns on SQLite and on PostgreSQL, each must be found
 	MUTATIONS=10000 MUTATIONS_POSTGRESQL=10000 $(PY) -m pytest -q tests/audit/test_mutations.py

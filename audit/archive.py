@@ -40,8 +40,7 @@ from audit.segments import (
     seals_path,
 )
 from audit.stored import archived, beginning, segment_of, stored_batches
-from audit.tables import archive_table, batch_table, index_table, intent_table, pruning, root_table, shard_table
-from audit.tables import snapshot_table as snapshots
+from audit.tables import archive_table, batch_table, index_table, intent_table, prune, root_table, shard_table
 from audit.tree import ChainEntries, in_tree
 
 AT_ONCE: Final = 4_096  # records deleted in one transaction: writers wait for it
@@ -341,12 +340,9 @@ class Archiver:
         return deleted
 
     def _delete(self, connection: Connection, shard: int, to: int, at: int) -> int:
-        b, s, i = batch_table.c, snapshots.c, index_table.c
-        with pruning(connection):
-            connection.execute(sa.delete(snapshots).where(s.shard == shard, s.at_seq <= at))
-            gone = connection.execute(sa.delete(batch_table).where(b.shard == shard, b.first_seq < to)).rowcount
+        i, gone = index_table.c, prune(connection, shard, below=to, stands_from=at)
         connection.execute(sa.delete(index_table).where(i.shard == shard, i.first_seq < to))
-        return int(gone)
+        return gone
 
     def _shard(self, connection: Connection, log: str) -> int:
         return int(connection.execute(sa.select(shard_table.c.shard).where(shard_table.c.log_id == log)).scalar_one())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Final
 
 import sqlalchemy as sa
@@ -182,25 +180,49 @@ APPEND_ONLY_POSTGRESQL: Final = (
         "FOR EACH STATEMENT EXECUTE FUNCTION audit_append_only()"
         for name in ("batch", "snapshot", "root")
     ),
+    # Runs with the rights of the schema's owner, so that the service's own role cannot delete a record: at most what a
+    # segment in audit_archive covers goes.
+    """DO $make$ BEGIN EXECUTE format($text$
+CREATE OR REPLACE FUNCTION audit_prune(of_shard integer, below bigint, stands_from bigint) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = %%I, pg_temp AS $body$
+DECLARE gone bigint;
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM audit_archive a JOIN audit_shard s ON s.log_id = a.log
+        WHERE s.shard = of_shard AND a.at_seq = stands_from AND below <= stands_from
+    ) THEN
+        RAISE EXCEPTION 'the audit log is append-only: no archived segment covers this';
+    END IF;
+    PERFORM set_config('skms.pruning', 'on', true);
+    DELETE FROM audit_snapshot WHERE shard = of_shard AND at_seq <= stands_from;
+    DELETE FROM audit_batch WHERE shard = of_shard AND first_seq < below;
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    PERFORM set_config('skms.pruning', 'off', true);
+    RETURN gone;
+END $body$
+$text$, current_schema()); END $make$""",
+    "REVOKE ALL ON FUNCTION audit_prune(integer, bigint, bigint) FROM PUBLIC",
 )
 for _dialect, _statements in (("sqlite", APPEND_ONLY), ("postgresql", APPEND_ONLY_POSTGRESQL)):
     for _statement in _statements:
-        # `%` would be a placeholder of DDL's; there is none
+        # `%%`: one of them would be a placeholder of DDL's
         sa.event.listen(tables, "after_create", sa.DDL(_statement).execute_if(dialect=_dialect))  # type: ignore[no-untyped-call]  # SQLAlchemy has no annotation here
 
 
-@contextlib.contextmanager
-def pruning(connection: Connection) -> Iterator[None]:
-    """Let archived batches and snapshots be deleted inside the caller's transaction: the only way that does."""
-    lifted = [f"audit_{name}_delete" for name in ("batch", "snapshot")]
+def prune(connection: Connection, shard: int, *, below: int, stands_from: int) -> int:
+    """Delete the batches before a number, and the snapshots before the one that an archived segment lets stand; how many.
+
+    The only way that deletes records.
+    """
     if connection.dialect.name == "postgresql":
-        connection.execute(sa.text("SET LOCAL skms.pruning = 'on'"))
-        yield
-        connection.execute(sa.text("SET LOCAL skms.pruning = 'off'"))
-        return
+        return int(connection.execute(sa.select(sa.func.audit_prune(shard, below, stands_from))).scalar_one())
+    b, s = batch_table.c, snapshot_table.c
+    lifted = [f"audit_{name}_delete" for name in ("batch", "snapshot")]
     for name in lifted:
         connection.execute(sa.text(f"DROP TRIGGER {name}"))
-    yield
+    connection.execute(sa.delete(snapshot_table).where(s.shard == shard, s.at_seq <= stands_from))
+    gone = connection.execute(sa.delete(batch_table).where(b.shard == shard, b.first_seq < below)).rowcount
     for statement in APPEND_ONLY:  # an error before this ends the transaction, and the triggers are there again
         if statement.split()[2] in lifted:
             connection.execute(sa.text(statement))
+    return int(gone)

@@ -15,9 +15,10 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
-SCHEMA: Final = "0009"  # the newest revision among the migrations; a worker that finds it there has nothing to load
+SCHEMA: Final = "0010"  # the newest revision among the migrations; a worker that finds it there has nothing to load
 BUSY_MS: Final = 5_000
 MIGRATING: Final = 0x534B4D53  # PostgreSQL's advisory lock for it
+INSUFFICIENT_PRIVILEGE: Final = "42501"
 # libpq: how long a server may be silent before its connection counts as lost. A busy one still answers the kernel.
 PATIENCE: Final = {
     "connect_timeout": 2,
@@ -113,7 +114,15 @@ def migrate(engine: Engine, *, lock_dir: Path) -> None:
         with engine.begin() as connection:
             if connection.dialect.name == "postgresql":  # other nodes lock files of their own
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATING})
-            upgrade(connection, SCHEMA)
+            try:
+                upgrade(connection, SCHEMA)
+            except sa.exc.ProgrammingError as error:
+                if getattr(error.orig, "sqlstate", None) != INSUFFICIENT_PRIVILEGE:
+                    raise
+                raise DatabaseUnusable(
+                    f"the database has schema {found or 'none'}, this release needs {SCHEMA}, and this role may not change it: "
+                    f"run `skms db migrate` as the owner of the schema"
+                ) from None
 
 
 def upgrade(connection: Connection, to: str) -> None:

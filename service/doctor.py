@@ -135,11 +135,28 @@ def _suppliers(config: Config) -> str:
 
 
 def _database(config: Config) -> str:
-    from service.database import open_engine, ping
+    from service.database import SCHEMA, DatabaseUnusable, open_engine, ping, reader, revision
+    from service.dbroles import beyond, missing
 
     engine = open_engine(config.database.url)
     try:
         ping(engine)
+        found = revision(engine)
+        if found > SCHEMA:
+            raise DatabaseUnusable(
+                f"schema {found}, and this release knows none after {SCHEMA}: use the release that made it"
+            )
+        told = f"{engine.url.render_as_string()}, schema {found or 'none'}"
+        if found == SCHEMA:
+            with reader(engine).connect() as connection:
+                if lacks := missing(connection):
+                    raise DatabaseUnusable(
+                        f"the role lacks {'; '.join(lacks[:3])}: run `skms db migrate --service-role`"
+                    )
+                if spare := beyond(connection):
+                    told += (
+                        f"; the role may do more than a node needs, as {spare[0]}: docs/operations.md, Database roles"
+                    )
     finally:
         engine.dispose()
-    return config.database.url.split("@")[-1]
+    return told if found == SCHEMA else f"{told}: the first start brings it to {SCHEMA}, or `skms db migrate`"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -24,13 +23,23 @@ FENCED: Final = 71  # EX_OSERR of sysexits.h: start again
 
 
 async def _tell(server: uvicorn.Server, ready_fd: int) -> None:
-    """Tell the supervisor that this worker serves, and from then on each second that its event loop turns."""
+    """Tell the supervisor that this worker serves, and from then on each second that its event loop turns.
+
+    Without one the worker leaves: whoever starts the node again needs its port, and nobody would replace it.
+    """
     while not server.started:  # noqa: ASYNC110 - uvicorn has a flag, not an event
         await asyncio.sleep(0.02)
     os.set_blocking(ready_fd, False)
     while True:
-        with contextlib.suppress(OSError):  # it hears no more: it ended, or lets this worker go
+        try:
             os.write(ready_fd, b"1")
+        except BlockingIOError:
+            pass  # it is slow to hear
+        except OSError:
+            if not server.should_exit:  # else it lets this worker go
+                log.warning("the supervisor has ended: this worker leaves")
+            server.should_exit = True
+            return
         await asyncio.sleep(1)
 
 

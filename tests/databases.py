@@ -1,4 +1,7 @@
-"""The database that a test's node has: a SQLite file, or with SKMS_TEST_DATABASE=postgresql one of a throw-away server."""
+"""The database that a test's node has: a SQLite file, or with SKMS_TEST_DATABASE=postgresql one of a throw-away server.
+
+Tests of keystore and audit alone choose for themselves: most need the file, those about PostgreSQL ask for `postgres`.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ import pytest
 import sqlalchemy as sa
 
 from postgres import Cluster, cluster
-from service.database import open_engine
+from service.database import migrate, open_engine
+from service.dbroles import grant
 
 POSTGRESQL = os.environ.get("SKMS_TEST_DATABASE", "sqlite") == "postgresql"
 sqlite_only = pytest.mark.skipif(POSTGRESQL, reason="about the file of a SQLite database")
+OWNER, SERVICE, _TEMPLATE = "skms_owner", "skms_service", "skms_template"
 _made: set[str] = set()
 
 
@@ -27,19 +32,45 @@ def _server() -> Cluster:
     """One server for all tests of this process; it has its files in memory, since what it survives is tested elsewhere."""
     ends = contextlib.ExitStack()
     atexit.register(ends.close)
-    return ends.enter_context(cluster(parent=Path("/dev/shm"), settings="max_connections = 600"))
+    made = ends.enter_context(cluster(parent=Path("/dev/shm"), settings="max_connections = 600"))
+    engine = sa.create_engine(made.url(), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for role in (OWNER, SERVICE):
+            connection.execute(sa.text(f"CREATE ROLE {role} LOGIN"))
+    engine.dispose()
+    template = open_engine(made.fresh(_TEMPLATE, owner=OWNER))
+    migrate(template, lock_dir=made.directory)
+    with template.begin() as connection:
+        grant(connection, service=SERVICE)
+    template.dispose()
+    return made
 
 
 def address(directory: Path, name: str = "skms") -> str:
-    """SQLAlchemy's address of a database of this directory: empty the first time, then the same one."""
-    path = directory / f"{name}.db"
-    if not POSTGRESQL:
-        return f"sqlite:///{path}"
-    server, database = _server(), "t" + hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]
+    """SQLAlchemy's address of a node's database of this directory: without a row the first time, then the same one.
+
+    On PostgreSQL a node has the rights of its own role, as in production: another one owns the schema, which is there already.
+    """
+    return f"sqlite:///{directory / f'{name}.db'}" if not POSTGRESQL else _made_once(directory, name, SERVICE)
+
+
+def empty(directory: Path, name: str = "skms") -> str:
+    """The same for who makes the tables: a database without any, and on PostgreSQL the rights of its owner."""
+    return f"sqlite:///{directory / f'{name}.db'}" if not POSTGRESQL else _made_once(directory, name, OWNER)
+
+
+def owned(url: str) -> str:
+    """The address for who may do everything: who recovers a log, and what a test does behind the service's back."""
+    return sa.make_url(url).set(username="skms").render_as_string() if url.startswith("postgresql") else url
+
+
+def _made_once(directory: Path, name: str, role: str) -> str:
+    server = _server()
+    database = "t" + hashlib.sha256(str((directory / f"{name}.db").absolute()).encode()).hexdigest()[:24]
     if database not in _made:
         _made.add(database)
-        return server.fresh(database)
-    return server.url(database)
+        server.fresh(database, owner=OWNER, template=_TEMPLATE if role == SERVICE else None)
+    return server.url(database, role)
 
 
 def copy(source: str, target: str) -> None:
@@ -68,7 +99,7 @@ def content(url: str) -> bytes:
 
 def behind(url: str, *statements: str) -> list[sa.Row[Any]]:
     """Run statements as a database owner would, behind the service's back; the rows of the last one, if it is a query."""
-    engine = open_engine(url)
+    engine = open_engine(owned(url))
     try:
         with engine.begin() as connection:
             for statement in statements:
@@ -76,3 +107,19 @@ def behind(url: str, *statements: str) -> list[sa.Row[Any]]:
             return list(done) if done.returns_rows else []
     finally:
         engine.dispose()
+
+
+def unguarded(connection: sa.Connection) -> None:
+    """The owner of a database switches its triggers off first: they stop accidents only."""
+    if connection.dialect.name == "postgresql":
+        for table in ("batch", "snapshot", "root"):
+            connection.exec_driver_sql(f"ALTER TABLE audit_{table} DISABLE TRIGGER USER")
+        # SQLite has it, and damages are written with it.
+        connection.exec_driver_sql(
+            "CREATE OR REPLACE FUNCTION zeroblob(n integer) RETURNS bytea LANGUAGE sql "
+            "AS $$ SELECT decode(repeat('00', n), 'hex') $$"
+        )
+        return
+    names = "SELECT name FROM sqlite_master WHERE type = 'trigger'"
+    for name in connection.exec_driver_sql(names).scalars().all():
+        connection.exec_driver_sql(f"DROP TRIGGER {name}")

@@ -231,6 +231,43 @@ def served(directory: Path, *arguments: str) -> Iterator[Served]:
         stop(node.process)
 
 
+def prepare_apart(directory: Path, *, hsms: int = 1) -> Files:
+    """Make a development node's files in a process of its own: SoftHSM2 reads its configuration once a process."""
+    code = (
+        "import sys; from pathlib import Path; from service.dev import prepare; "
+        "prepare(Path(sys.argv[1]), hsms=int(sys.argv[2]), port=0, database=sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, str(directory), str(hsms), address(directory)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return prepared(directory)
+
+
+def launch(files: Files, log: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], float]:
+    """Start `skms serve` with these files; seconds until it was ready."""
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "service.cli.main", "serve", "--config", str(files.config_file), *arguments]
+    with log.open("ab") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, cwd=ROOT, start_new_session=True)
+    with httpx.Client(base_url=files.url, verify=tls_of(files, None), timeout=2) as probe:
+        while time.monotonic() - begun < 60 and process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if probe.get("/readyz").status_code == 200:
+                    return process, time.monotonic() - begun
+            time.sleep(0.02)
+    stop(process)
+    raise AssertionError("not ready:\n" + log.read_text()[-3_000:])
+
+
+@contextlib.contextmanager
+def serving(files: Files, log: Path) -> Iterator[Served]:
+    """`skms serve` with these files for the block."""
+    process, _ = launch(files, log)
+    try:
+        yield Served(files.directory, process, {**files.environment, "base_url": files.url})
+    finally:
+        stop(process)
+
+
 def prepared(directory: Path) -> Files:
     """The configuration and identities that `skms dev up` made in a directory."""
     environment = json.loads((directory / "env.json").read_text())

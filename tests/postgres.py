@@ -33,18 +33,19 @@ class Cluster:
     directory: Path
     user: str | None
 
-    def url(self, database: str = "postgres") -> str:
-        """SQLAlchemy's address of one of its databases."""
-        return f"postgresql+psycopg://skms@/{database}?host={self.directory}"
+    def url(self, database: str = "postgres", role: str = "skms") -> str:
+        """SQLAlchemy's address of one of its databases; `skms` is the superuser."""
+        return f"postgresql+psycopg://{role}@/{database}?host={self.directory}"
 
-    def fresh(self, name: str) -> str:
-        """The address of a new, empty database."""
+    def fresh(self, name: str, *, owner: str = "skms", template: str | None = None) -> str:
+        """The address, for its owner, of a new database: empty, or as another one that nobody uses."""
         engine = sa.create_engine(self.url(), isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.execute(sa.text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
-            connection.execute(sa.text(f'CREATE DATABASE "{name}"'))
+            like = "" if template is None else f'TEMPLATE "{template}"'
+            connection.execute(sa.text(f'CREATE DATABASE "{name}" OWNER "{owner}" {like}'))
         engine.dispose()
-        return self.url(name)
+        return self.url(name, owner)
 
     def control(self, *arguments: str) -> None:
         """`pg_ctl` with these arguments: start, stop -m immediate, ..."""

@@ -78,6 +78,7 @@ tenant_app, region_app, envelope_app = group("Tenants"), group("Regions"), group
 file_app, dev_app, config_app = group("Files of any size"), group("Development node"), group("Configuration")
 transfers_app = group("Data that crosses from one jurisdiction into another")
 witness_app, backup_app = group("Being a witness of other logs"), group("Backups of the database")
+db_app = group("The database's schema and roles")
 for name, sub in {
     "key": key_app,
     "alias": alias_app,
@@ -99,6 +100,7 @@ for name, sub in {
     "config": config_app,
     "witness": witness_app,
     "backup": backup_app,
+    "db": db_app,
 }.items():
     app.add_typer(sub, name=name)
 
@@ -2440,6 +2442,58 @@ def _shown_backup(found: Any) -> dict[str, Any]:
     }
 
 
+@db_app.command("migrate")
+def db_migrate(
+    config: ConfigFile,
+    service_role: Annotated[
+        str | None, typer.Option(help="PostgreSQL role of the nodes: gets what they need, no more")
+    ] = None,
+    reader_role: Annotated[str | None, typer.Option(help="PostgreSQL role that may read every table")] = None,
+) -> None:
+    """Bring the schema to this release's, as its owner (SKMS_DATABASE_URL), and grant the nodes' role what they need."""
+    from service.database import DatabaseUnusable, migrate, open_engine, revision
+    from service.dbroles import grant
+
+    found = _config(config)
+    try:
+        engine = open_engine(found.database.url)
+        try:
+            before = revision(engine)
+            migrate(engine, lock_dir=found.node.state_dir)
+            if service_role or reader_role:
+                with engine.begin() as connection:
+                    grant(connection, service=service_role, reader=reader_role)
+            show(
+                {"schema": revision(engine), "before": before or "none", "service role": service_role or "not changed"}
+            )
+        finally:
+            engine.dispose()
+    except DatabaseUnusable as error:
+        raise Failed(USAGE, str(error)) from None
+
+
+@db_app.command("check")
+def db_check(config: ConfigFile) -> None:
+    """Compare schema and rights with what this release needs; exit status 8 if a node would not start, or may do too much."""
+    from service.database import SCHEMA, DatabaseUnusable, open_engine, reader, revision
+    from service.dbroles import beyond, missing
+
+    try:
+        engine = open_engine(_config(config).database.url)
+    except DatabaseUnusable as error:
+        raise Failed(USAGE, str(error)) from None
+    try:
+        found, lacks, spare = revision(engine), [], []
+        if found == SCHEMA:
+            with reader(engine).connect() as connection:
+                lacks, spare = missing(connection), beyond(connection)
+        show({"schema": found or "none", "this release": SCHEMA, "missing": lacks, "beyond need": spare})
+    finally:
+        engine.dispose()
+    if found != SCHEMA or lacks or spare:
+        raise typer.Exit(FAILED_CHECK)
+
+
 @audit_app.command("recover")
 def audit_recover(
     config: ConfigFile,
@@ -2683,6 +2737,11 @@ def run() -> None:
         if hasattr(error, "format_message"):  # wrong usage, as typer puts it
             err.print(f"skms: {error.format_message()}", highlight=False, markup=False)
             sys.exit(USAGE)
+        database = sys.modules.get("sqlalchemy.exc")  # most commands have not loaded it
+        if database is not None and isinstance(error, database.OperationalError):
+            told = str(error.orig).strip().partition("\n")[0]
+            err.print(f"skms: the database cannot be used: {told}", highlight=False, markup=False, soft_wrap=True)
+            sys.exit(TEMPORARY)
         err.print(f"skms: internal error ({type(error).__name__})", highlight=False, markup=False)
         sys.exit(INTERNAL)
     sys.exit(status if isinstance(status, int) else OK)

@@ -20,7 +20,6 @@ from audit.export import export
 from audit.index import IndexKey
 from audit.search import Search
 from audit.verify import Trust
-from databases import address
 from service.database import open_engine
 
 ORIGIN = "kms.example/audit"
@@ -54,7 +53,7 @@ class Lab:
     def __init__(self, directory: Path, *, url: str | None = None, key: bytes | None = None, make: bool = True) -> None:
         self.directory, self.signer = directory, MemorySigner(key)
         self.path = directory / "audit.db"
-        self.url = url or address(directory, "audit")
+        self.url = url or f"sqlite:///{directory}/audit.db"
         self.engine = open_engine(self.url)
         if make:
             with self.engine.begin() as connection:

@@ -22,6 +22,7 @@ from audit.notary import Notary
 from audit.stored import verify_connection
 from audit.tlogpolicy import any_of
 from audit.verify import Trust
+from databases import unguarded
 from service.database import open_engine
 
 pytestmark = pytest.mark.anyio
@@ -158,16 +159,6 @@ def mutated(connection: Connection, trust: Trust, kept: bytes, count: int) -> tu
         if report.exit_status != 1:
             missed.append(what)
     return mutations.touched, missed
-
-
-def unguarded(connection: Connection) -> None:
-    """The owner of a database switches its triggers off first."""
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("SET session_replication_role = replica")
-        return
-    names = "SELECT name FROM sqlite_master WHERE type = 'trigger'"
-    for name in connection.exec_driver_sql(names).scalars().all():
-        connection.exec_driver_sql(f"DROP TRIGGER {name}")
 
 
 async def test_random_mutations_on_sqlite_and_none_undetected(made: Lab) -> None:

@@ -18,6 +18,7 @@ from audit.anchors import Anchor, AnchorUnusable, NodeFiles, TokenObject, WriteO
 from audit.log import RolledBack
 from audit.notary import Notary, newest
 from audit.rollback import Guard, Watched
+from databases import unguarded
 from service.database import open_engine
 
 pytestmark = pytest.mark.anyio
@@ -112,8 +113,7 @@ def restore(made: Lab, path: Path) -> None:
 
 def forge(made: Lab, *statements: str) -> None:
     with made.engine.begin() as connection:
-        for verb in ("update", "delete"):
-            connection.execute(sa.text(f"DROP TRIGGER IF EXISTS audit_root_{verb}"))
+        unguarded(connection)
         for statement in statements:
             connection.execute(sa.text(statement))
 
@@ -213,9 +213,7 @@ async def test_a_stolen_key_with_a_new_history_of_any_length_is_refused(made: La
     guard.start()
     guard.keep(leads=True)
     with made.engine.begin() as connection:
-        for table in ("batch", "snapshot", "root"):
-            for verb in ("update", "delete"):
-                connection.execute(sa.text(f"DROP TRIGGER audit_{table}_{verb}"))
+        unguarded(connection)
         for table in ("batch", "snapshot", "root", "shard", "checkpoint", "tenant", "intent"):
             connection.execute(sa.text(f"DELETE FROM audit_{table}"))
     await signed(made, 2)  # the same size, another root

@@ -12,14 +12,14 @@ from audit import tables
 from audit.checkpoint import NoteKey
 from audit.witness import Cosigner, Endpoint, Witness
 from contracts.witness_contract import LOG, ORIGIN, WitnessContract
-from databases import address
+from databases import empty
 from service.database import open_engine
 
 
 class TestOurWitness(WitnessContract):
     @pytest.fixture(autouse=True)
     def _database(self, tmp_path: Path) -> object:
-        engine = open_engine(address(tmp_path, "witness"))
+        engine = open_engine(empty(tmp_path, "witness"))
         tables.tables.create_all(engine)
         self._cosigner = Cosigner("partner.example/w", Ed25519PrivateKey.generate())
         self._witness = Witness(engine, self._cosigner, {ORIGIN: [LOG]}, clock=lambda: time.time_ns() // 1_000)

@@ -7,61 +7,26 @@ What was acknowledged must decrypt, what was answered must be in the log, and th
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import os
 import random
 import re
 import signal
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 
-from audit.stored import verify_database
-from audit.verify import load_trust
-from harness import ROOT, Files, prepared, skms, start, stop, tls_of
+from acknowledged import History, check, check_receipts
+from harness import Files, launch, prepared, start, stop, tls_of
 from receivers import Pki, http_receiver
-from service.database import open_engine, reader
 
 KILLS = int(os.environ.get("CRASH_KILLS", "50"))
 READY_S = 3.0
 RECEIPT = re.compile(r'log="([^"]+)", seq=(\d+), leaf=:([A-Za-z0-9+/=]+):')
-
-
-@dataclass
-class History:
-    """What clients were told: every acknowledged ciphertext and every receipt."""
-
-    acknowledged: list[tuple[str, bytes]] = field(default_factory=list)
-    receipts: list[str] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-def launch(files: Files, log: Path) -> tuple[subprocess.Popen[bytes], float]:
-    """Start the worker; seconds until it was ready."""
-    begun = time.monotonic()
-    with log.open("ab") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli.main", "serve", "--config", str(files.config_file)],
-            stdout=sink,
-            stderr=sink,
-            cwd=ROOT,
-        )
-    with httpx.Client(base_url=files.url, verify=tls_of(files, None), timeout=2) as probe:
-        while time.monotonic() - begun < 30 and process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if probe.get("/readyz").status_code == 200:
-                    return process, time.monotonic() - begun
-            time.sleep(0.02)
-    process.kill()
-    raise AssertionError("not ready:\n" + log.read_text()[-3_000:])
 
 
 def load(files: Files, key: str, history: History, until: threading.Event, seed: int) -> None:
@@ -75,47 +40,7 @@ def load(files: Files, key: str, history: History, until: threading.Event, seed:
             except httpx.TransportError:
                 return
             if answer.status_code == 200:
-                with history.lock:
-                    history.acknowledged.append((answer.json()["ciphertext"], data))
-                    history.receipts.append(answer.headers["audit-receipt"])
-
-
-def check(files: Files, history: History) -> None:
-    """Everything acknowledged opens; everything receipted is in a log that verifies."""
-    with httpx.Client(base_url=files.url, verify=tls_of(files, "health-eu-de-1"), timeout=30) as client:
-        for at in range(0, len(history.acknowledged), 500):
-            part = history.acknowledged[at : at + 500]
-            body = {"items": [{"ciphertext": c} for c, _ in part]}
-            answer = client.post("/v1/batch/decrypt", json=body)
-            assert answer.status_code == 200, answer.text
-            for (_, data), result in zip(part, answer.json()["results"], strict=True):
-                assert result["status"] == 200, result
-                assert base64.b64decode(result["result"]["plaintext"]) == data
-    engine = open_engine(files.config.database.url)
-    report = verify_database(reader(engine), load_trust(Path(files.environment["trust_file"])))
-    engine.dispose()
-    assert not report.findings, [str(finding) for finding in report.findings]
-    assert report.records > len(history.receipts)
-
-
-def check_receipts(files: Files, history: History, directory: Path) -> None:
-    """The database's own verdict, and every receipt handed out in an export that the offline verifier accepts."""
-    verified = skms("audit", "verify", "--config", str(files.config_file))
-    assert verified.returncode == 0, verified.stdout.decode() + verified.stderr.decode()
-    export = directory / "export"
-    exported = skms("audit", "export", "--config", str(files.config_file), "--to", str(export))
-    assert exported.returncode == 0, exported.stderr.decode()
-    receipts = directory / "receipts.txt"
-    receipts.write_text("".join(f"{r}\n" for r in history.receipts))
-    verdict = subprocess.run(
-        [
-            *(sys.executable, "-m", "audit.verify", str(export), "--trust", str(export / "trust.txt")),
-            *("--receipts", str(receipts)),
-        ],
-        capture_output=True,
-        cwd=ROOT,
-    )
-    assert verdict.returncode == 0, verdict.stdout.decode() + verdict.stderr.decode()
+                history.encrypted(answer, data)
 
 
 @pytest.mark.alone

@@ -29,15 +29,10 @@ from audit.verify import load_trust
 from audit.witness import MAX_BODY, SIZE_TYPE, Submission
 from contracts.witness_contract import LEAVES, LOG, ORIGIN, OTHER, note_of, submission
 from databases import address
-from harness import ROOT, Files, prepared, skms, tls_of
+from harness import ROOT, Files, prepare_apart, skms, tls_of
 from service.database import open_engine, reader
 from service.witnesses import new_cosigner
 
-MAKE = """
-import pathlib, sys
-from service.dev import prepare
-prepare(pathlib.Path(sys.argv[1]), port=0, database=sys.argv[2])
-"""
 INDEPENDENT = ROOT / "audit" / "independent" / "skms_verify.py"
 
 
@@ -123,18 +118,14 @@ def by_command(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, Operator]]:
     base = tmp_path_factory.mktemp("witnesses")
-    making = [
-        subprocess.Popen([sys.executable, "-c", MAKE, f"{made}", address(made)], cwd=ROOT, stdout=subprocess.DEVNULL)
-        for made in (base / "one", base / "two")
-    ]
-    assert [process.wait(60) for process in making] == [0, 0]
+    files = [prepare_apart(base / "one"), prepare_apart(base / "two")]
     one_key, two_key = base / "one" / "witness.key", base / "two" / "witness.key"
     one = Operator(
         "one",
-        prepared(base / "one"),
+        files[0],
         by_command("witness", "init", "--name", "one.example/w", "--key-file", str(one_key)),
     )
-    two = Operator("two", prepared(base / "two"), new_cosigner("two.example/w", two_key))
+    two = Operator("two", files[1], new_cosigner("two.example/w", two_key))
     one.configure(two)
     two.configure(one)
     config, pq_key = ("--config", str(one.files.config_file)), base / "one" / "pq.key"

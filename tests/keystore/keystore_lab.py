@@ -25,7 +25,6 @@ from cryptography.hazmat.primitives.keywrap import (
     aes_key_wrap_with_padding,
 )
 
-from databases import address
 from keystore import (
     EXTERNAL,
     Catalog,
@@ -405,7 +404,7 @@ def new_key(spec: KeySpec = KeySpec.AES_256, **facts: Any) -> NewKey:
 
 @contextmanager
 def sqlite_lab(directory: Path, **options: Any) -> Iterator[Lab]:
-    lab = Lab(address(directory), **options)
+    lab = Lab(f"sqlite:///{directory}/skms.db", **options)
     try:
         yield lab
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hypothesis import settings
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from keystore_lab import Lab, new_key
 
-from databases import address
 from keystore import (
     Envelope,
     InputRefused,
@@ -68,7 +66,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
-        self.lab = Lab(address(Path(self.directory.name)))
+        self.lab = Lab(f"sqlite:///{self.directory.name}/skms.db")
         self.workers = [self.lab.store, self.lab.worker()]
         self.models: dict[str, Model] = {}
 

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from sqlalchemy import Engine
 
-from databases import address
+from databases import empty
 from harness import ROOT
 from postgres import Cluster
 from service.database import MIGRATIONS, SCHEMA, DatabaseUnusable, close_engine, migrate, open_engine, revision
@@ -26,8 +28,15 @@ def test_the_schema_that_the_code_names_is_the_newest_among_the_migrations() -> 
     assert ScriptDirectory.from_config(config).get_current_head() == SCHEMA
 
 
-def test_an_empty_database_is_brought_to_the_newest_schema_and_left_there(tmp_path: Path) -> None:
-    engine = open_engine(address(tmp_path))
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    """On a database without tables, as their owner."""
+    made = open_engine(empty(tmp_path))
+    yield made
+    made.dispose()
+
+
+def test_an_empty_database_is_brought_to_the_newest_schema_and_left_there(engine: Engine, tmp_path: Path) -> None:
     assert revision(engine) == ""
     migrate(engine, lock_dir=tmp_path)
     assert revision(engine) == SCHEMA
@@ -49,8 +58,7 @@ def test_nodes_that_meet_an_empty_database_together_all_start(postgres: Cluster,
     engine.dispose()
 
 
-def test_a_database_of_a_later_release_is_left_alone_and_told(tmp_path: Path) -> None:
-    engine = open_engine(address(tmp_path))
+def test_a_database_of_a_later_release_is_left_alone_and_told(engine: Engine, tmp_path: Path) -> None:
     migrate(engine, lock_dir=tmp_path)
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from msgspec import structs
 
-from databases import address, behind
+from databases import address, behind, empty
 from harness import Files, Lab, lab_of, new_key
 from policy import Freeze, Scope
 from policy.freeze import MODES
@@ -392,7 +392,7 @@ NODES = (("n0", "eu-de-1"), ("n1", "eu-de-2"))
 
 
 def test_a_worker_that_starts_while_a_freeze_is_stored_is_waited_for(tmp_path: Path) -> None:
-    engine = open_engine(address(tmp_path))
+    engine = open_engine(empty(tmp_path))
     migrate(engine, lock_dir=tmp_path)
     time = [1_000_000_000_000_000]
     rows = FreezeRows(engine, key=lambda _: bytes(32), region="eu-de-1", clock=lambda: time[0])

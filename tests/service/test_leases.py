@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
-from databases import address
+from databases import empty
 from postgres import Cluster
 from service.database import open_engine
 from service.rows import Lease, LeaseLost, tables
@@ -21,7 +21,7 @@ SECOND = 1_000_000
 @pytest.fixture(params=["sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     if request.param == "sqlite":
-        made = open_engine(address(tmp_path, "leases"))
+        made = open_engine(empty(tmp_path, "leases"))
     else:
         cluster: Cluster = request.getfixturevalue("postgres")
         made = open_engine(cluster.fresh("leases"))

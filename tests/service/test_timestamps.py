@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from audit.tables import checkpoint_table, tables
 from audit.timestamp import BadTimestamp, load_authority, question, token_in, verify_token
-from databases import address
+from databases import empty
 from service.config import TimestampSection
 from service.database import open_engine
 from service.rows import Lease
@@ -33,7 +33,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tsa]:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[sa.Engine]:
-    made = open_engine(address(tmp_path, "stamps"))
+    made = open_engine(empty(tmp_path, "stamps"))
     with made.begin() as connection:
         tables.create_all(connection)
         service_tables.create_all(connection)

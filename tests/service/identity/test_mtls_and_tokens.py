@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from databases import address, sqlite_only
+from databases import empty, sqlite_only
 from policy import Policy
 from policy.bundle import SHIPPED
 from service.database import open_engine
@@ -125,7 +125,7 @@ def test_I_11_a_leaf_is_no_trust_anchor(world: World, tmp_path: Path) -> None:
 class Tokens:
     def __init__(self, directory: Path) -> None:
         self.now = 1_800_000_000_000_000
-        self.engine = open_engine(address(directory))
+        self.engine = open_engine(empty(directory))
         with self.engine.begin() as connection:
             tables.create_all(connection)
         self.tokens = ApiTokens(self.engine, pepper=b"p" * 32, installation="i", clock=lambda: self.now)
