@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test test-postgres nodes crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
+.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -22,6 +22,9 @@ nodes: setup ## eight workers on two nodes over one PostgreSQL at full load for 
 test-postgres: setup ## the whole suite over PostgreSQL, nodes under a role that owns nothing
 	SKMS_TEST_DATABASE=postgresql $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not alone"
 	SKMS_TEST_DATABASE=postgresql $(PY) -m pytest -q -m alone
+
+rolling: setup ## two nodes behind the proxy restarted in turn at 200 requests/s until REQUESTS (20,000): none may fail
+	ROLLING_REQUESTS=$(or $(REQUESTS),20000) ROLLING_RATE=200 $(PY) -m pytest -q -s tests/deploy/test_compose.py -k R9
 
 mutations: setup ## 10,000 random changes of stored columns on SQLite and on PostgreSQL, each must be found
 	MUTATIONS=10000 MUTATIONS_POSTGRESQL=10000 $(PY) -m pytest -q tests/audit/test_mutations.py

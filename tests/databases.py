@@ -97,6 +97,11 @@ def content(url: str) -> bytes:
     return _server().dump(name)
 
 
+def patient(url: str) -> sa.Engine:
+    """An engine for who writes beside a busy node, and waits a minute for SQLite's lock."""
+    return sa.create_engine(owned(url), connect_args={} if POSTGRESQL else {"timeout": 60})
+
+
 def behind(url: str, *statements: str) -> list[sa.Row[Any]]:
     """Run statements as a database owner would, behind the service's back; the rows of the last one, if it is a query."""
     engine = open_engine(owned(url))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ from service.dev import free_port
 COMPOSE = ROOT / "deploy" / "compose"
 FILE = COMPOSE / "compose.yaml"
 SERVICES: dict[str, Any] = yaml.safe_load(FILE.read_text())["services"]
+REQUESTS = int(os.environ.get("ROLLING_REQUESTS", "400"))
+RATE = float(os.environ.get("ROLLING_RATE", "100"))  # a second
+CLIENTS = 8
 NODES = {name: service for name, service in SERVICES.items() if service["image"].startswith("sovereign-kms:")}
 
 
@@ -105,21 +111,39 @@ def test_haproxy_takes_the_whole_file(tmp_path: Path, dev_files: Any) -> None:
     assert checked.returncode == 0, checked.stderr  # -dW: a warning is an error
 
 
+@dataclass
+class Stack:
+    """Both nodes and the proxy: what runs, and the way through."""
+
+    directory: Path
+    node: Path
+    commands: dict[str, tuple[list[str], dict[str, str], int]] = field(default_factory=dict)
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str) -> None:
+        """Start it by its command and environment, and wait until it is ready."""
+        command, environment, port = self.commands[name]
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True
+            )
+        until_ready(self.node, port, self.running[name], self.directory / f"{name}.log")
+
+    @property
+    def through(self) -> Served:
+        found = json.loads((self.node / "env.json").read_text())
+        url = f"https://127.0.0.1:{self.commands['proxy'][2]}"
+        return Served(self.node, self.running["proxy"], found | {"base_url": url})
+
+
 @pytest.fixture
-def stack(tmp_path: Path, postgres: Cluster) -> Iterator[tuple[Served, dict[str, subprocess.Popen[bytes]]]]:
+def stack(tmp_path: Path, postgres: Cluster) -> Iterator[Stack]:
     """Both nodes and the proxy, started by the commands and environments of the file."""
     database, node = postgres.fresh("compose"), tmp_path / "dev"
     ports = {name: free_port() for name in NODES}
-    running: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(name: str, command: list[str], environment: dict[str, str]) -> None:
-        with (tmp_path / f"{name}.log").open("wb") as log:
-            running[name] = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True
-            )
-
+    made = Stack(tmp_path, node)
     with contextlib.ExitStack() as undo:
-        undo.callback(lambda: [stop(process) for process in running.values()])
+        undo.callback(lambda: [stop(process) for process in made.running.values()])
         for name, service in NODES.items():
             command = [
                 word.replace("/var/lib/skms/dev", str(node)).replace("postgresql+psycopg://skms@db/skms", database)
@@ -130,13 +154,13 @@ def stack(tmp_path: Path, postgres: Cluster) -> Iterator[tuple[Served, dict[str,
             environment = {k: v for k, v in service["environment"].items() if k.startswith("SKMS_")}
             assert environment.pop("SKMS_LISTEN_HOST") == "0.0.0.0"  # of the container; here the loopback is enough
             environment["SKMS_LISTEN_PORT"] = str(ports[name])
-            start(name, [sys.executable, "-m", "service.cli.main", *command], environment)
-            until_ready(node, ports[name], running[name], tmp_path / f"{name}.log")
+            made.commands[name] = [sys.executable, "-m", "service.cli.main", *command], environment, ports[name]
+            made.start(name)
         port = free_port()
-        start("proxy", haproxy("-db", "-f", str(proxy_file(tmp_path / "haproxy.cfg", node, port, ports))), {})
-        through = json.loads((node / "env.json").read_text()) | {"base_url": f"https://127.0.0.1:{port}"}
-        until_ready(node, port, running["proxy"], tmp_path / "proxy.log")
-        yield Served(node, running["proxy"], through), running
+        command = haproxy("-db", "-f", str(proxy_file(tmp_path / "haproxy.cfg", node, port, ports)))
+        made.commands["proxy"] = command, {}, port
+        made.start("proxy")
+        yield made
 
 
 def until_ready(node: Path, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -156,34 +180,66 @@ def served_by(client: httpx.Client) -> str:
     return client.get("/v1/whoami").raise_for_status().headers["audit-receipt"].split('"')[1].rsplit("/", 1)[1][:2]
 
 
-def test_two_nodes_serve_through_the_proxy_and_one_leaves_without_a_lost_request(
-    stack: tuple[Served, dict[str, subprocess.Popen[bytes]]],
-) -> None:
-    through, running = stack
+def rolling(stack: Stack, key: str, *, requests: int, rate: float) -> tuple[int, int]:
+    """Restart one node after the other, for ever, until so many requests were sent; (requests, restarts). None may fail."""
+    failed, sent, over = list[str](), itertools.count(), threading.Event()
+
+    def use() -> None:
+        due = time.monotonic()
+        while not over.is_set() and not failed:
+            # A connection of its own for some requests: the proxy's choice. One that was never made is tried again, no
+            # request is.
+            way = httpx.HTTPTransport(verify=stack.through.tls("health-eu-de-1"), retries=3)
+            with stack.through.client("health-eu-de-1", transport=way) as workload:
+                for _ in range(10):
+                    due = max(due + CLIENTS / rate, time.monotonic() - 1)
+                    time.sleep(max(0.0, due - time.monotonic()))
+                    next(sent)
+                    try:
+                        answer = workload.post(f"/v1/keys/{key}/encrypt", json={"plaintext": "aGk="})
+                    except httpx.TransportError as error:
+                        failed.append(repr(error))
+                        return
+                    if answer.status_code != 200:
+                        failed.append(answer.text)
+                        return
+
+    threads = [threading.Thread(target=use) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    restarts = 0
+    try:
+        while not failed and (restarts < 2 or next(sent) < requests):
+            name = f"n{1 - restarts % 2}"
+            stack.running[name].terminate()
+            assert stack.running[name].wait(60) == 0
+            stack.start(name)
+            restarts += 1
+            time.sleep(3.0)  # the proxy looks twice before it believes
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(60)
+    assert not failed, failed[0]
+    return next(sent), restarts
+
+
+def test_R9_nodes_restart_one_after_the_other_behind_the_proxy_and_no_request_fails(stack: Stack) -> None:
+    through = stack.through
     with through.client("health-operator") as operator:
         asked = {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}
         made = operator.post("/v1/keys", json=asked, headers={"idempotency-key": "k" * 20}).raise_for_status()
-    key, nodes, opened = made.json()["id"], set(), 0
+    key, nodes = made.json()["id"], set()
     deadline = time.monotonic() + 30
     while nodes != {"n0", "n1"} and time.monotonic() < deadline:  # the proxy finds the second node within two checks
         with through.client("health-eu-de-1") as workload:
             nodes.add(served_by(workload))
     assert nodes == {"n0", "n1"}
-    end = time.monotonic() + 6
-    leaving = False
-    while time.monotonic() < end:
-        # A connection of its own each time: the proxy's choice. One that was never made is tried again, no request is.
-        way = httpx.HTTPTransport(verify=through.tls("health-eu-de-1"), retries=3)
-        with through.client("health-eu-de-1", transport=way) as workload:
-            sealed = workload.post(f"/v1/keys/{key}/encrypt", json={"plaintext": "aGk="}).raise_for_status().json()
-            answer = workload.post("/v1/decrypt", json={"ciphertext": sealed["ciphertext"]}).raise_for_status()
-            assert answer.json()["plaintext"] == "aGk="
-            opened += 1
-        if not leaving and opened >= 20:
-            running["n1"].terminate()
-            leaving = True
-    assert leaving
-    assert running["n1"].wait(30) == 0
+    begun = time.monotonic()
+    sent, restarts = rolling(stack, key, requests=REQUESTS, rate=RATE)
+    print(f"{restarts} restarts, {sent:,} requests at {sent / (time.monotonic() - begun):.0f}/s, none failed")
+    stack.running["n1"].terminate()
+    assert stack.running["n1"].wait(60) == 0
     with through.client("health-eu-de-1") as workload:
         assert served_by(workload) == "n0"
     # Tenants' identities pass the proxy untouched; one without a certificate is nobody behind it too.

@@ -219,7 +219,6 @@ MALFORMED_KEYS: list[dict[str, Any]] = [
         *({"caller": caller(**facts)} for facts in MALFORMED_CALLERS),
         *({"resource": dataclasses.replace(KEY, **facts)} for facts in MALFORMED_KEYS),
     ],
-    ids=str,
 )
 def test_facts_of_the_wrong_type_or_size_are_denied_unasked(shipped: Policy, facts: dict[str, Any]) -> None:
     allowed = shipped.check(ask(caller(), "encrypt"))

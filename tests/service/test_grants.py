@@ -402,7 +402,7 @@ async def denied(lab: Lab, key: str, *, why: str) -> None:
             "was changed",
         ),
         ("UPDATE policy_signed SET tenant = 'defence' WHERE id = '{live}'", "was changed"),
-        ("UPDATE policy_signed SET id = '{live}x' WHERE id = '{live}'", "was changed"),
+        ("UPDATE policy_signed SET id = upper(id) WHERE id = '{live}'", "was changed"),
         ("DELETE FROM policy_signed WHERE id = '{revoked}'", "removed, added or put back"),
         ("DELETE FROM policy_signed WHERE id = '{live}'", "removed, added or put back"),
         ("DELETE FROM policy_signed_head", "set back"),

@@ -14,10 +14,10 @@ from typing import Any
 
 import httpx
 import pytest
-import sqlalchemy as sa
 import yaml
 from msgspec import structs
 
+from databases import patient
 from harness import Files, Lab, lab_of, new_key, officer, until, with_database
 from policy import BundleRefused, Policy
 from postgres import Cluster
@@ -342,7 +342,7 @@ async def test_the_applied_bundle_survives_a_restart_and_every_worker_follows(
         # What somebody writes into the database is not believed, however well it fits: this worker stays with what it has.
         evil = Policy.stored(under(first.bundle.sources, 50))
         forged = {"digest": evil.digest, "version": 50, "content": content(evil.bundle.sources)}
-        engine = sa.create_engine(files.config.database.url, connect_args={"timeout": 60})
+        engine = patient(files.config.database.url)
         with engine.begin() as connection:
             lab.node.kms.decisions.bundles.keep(connection, evil, at=lab.clock())
             stored = json.loads(Settings.value(connection, "policy-applied") or "")

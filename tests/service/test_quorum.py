@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import structs
 
-from databases import address
+from databases import address, patient
 from harness import Files, Lab, lab_of, new_key, officer
 from service.approvals import Approver, Asked, GroupRule, approve
 from service.config import (
@@ -218,7 +218,7 @@ async def test_a_request_that_is_late_or_altered_or_lost_an_approver_lifts_nothi
         assert (await sign(lab, request, "alice")).status_code == 200
     section = quorum_files.config.approvals
     without = structs.replace(section, approver=tuple(a for a in section.approver if a.name not in {"alice", "dave"}))
-    engine = sa.create_engine(url, connect_args={"timeout": 60})
+    engine = patient(url)
     with engine.begin() as connection:
         change = sa.text("UPDATE service_approval SET content = replace(content, 'key', 'tag') WHERE id = :id")
         assert connection.execute(change, {"id": altered.id}).rowcount == 1
