@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import math
 import time
@@ -123,6 +124,7 @@ class Refusals:
             since.count, since.since = since.count + c.count, min(since.since, c.since)
 
 
+@functools.lru_cache(SOURCES)
 def _network(source: str) -> str:
     """The source itself (an IPv4 address), or the /64 that one IPv6 host chooses its addresses from (RFC 8981)."""
     try:

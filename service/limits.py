@@ -7,6 +7,7 @@ too many names, the one that was quiet for longest is forgotten.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import OrderedDict
@@ -153,6 +154,9 @@ class RateLimits:
 
 def _fields(name: str, rate: Rate, left: int, reset: float) -> tuple[tuple[str, str], ...]:
     """Quota and what is left of it, as draft-ietf-httpapi-ratelimit-headers-10 spells them."""
-    window = max(1, math.ceil(rate.burst / rate.per_second))
-    policy = f'"{name}";q={rate.burst};w={window}'
-    return ("ratelimit-policy", policy), ("ratelimit", f'"{name}";r={left};t={math.ceil(reset)}')
+    return ("ratelimit-policy", _policy(name, rate)), ("ratelimit", f'"{name}";r={left};t={math.ceil(reset)}')
+
+
+@functools.cache  # as many as the configuration names
+def _policy(name: str, rate: Rate) -> str:
+    return f'"{name}";q={rate.burst};w={max(1, math.ceil(rate.burst / rate.per_second))}'

@@ -137,8 +137,8 @@ URGENT: Final = frozenset(
 )
 # Refusals that a caller can have as often as it likes: beyond so many a second, of a tenant or address, they come late.
 PACED: Final = frozenset({"unauthenticated", "rate_limited", "overloaded"})
-PACE: Final = 100.0
-PACE_S: Final = 1.0
+PACE: Final = 250.0
+PACE_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,7 @@ async def test_W_15_a_flood_of_strangers_is_recorded_up_to_a_rate_and_answered_e
     busy = [await small.client("health-eu-de-1").get("/v1/whoami") for _ in range(10)]
     assert {a.status_code for a in busy} == {200}
     assert {await s.ended(whole=False) for s in strangers} == {401}
-    assert loop.time() - begun >= 1.0, "refusals cost whoever floods nothing"
+    assert loop.time() - begun >= 0.9, "refusals cost whoever floods nothing"
     recorded = sum("audit-receipt" in s.headers for s in strangers)
     assert 100 <= recorded <= 450
     await small.node.kms.tell_refusals()
