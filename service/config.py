@@ -249,7 +249,7 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     worker_memory_mb: Annotated[int, Meta(ge=0)] = 1_024
     # docs/limits.md, of each worker: requests at once and behind them, connections.
     in_flight: Annotated[int, Meta(ge=1, le=10_000)] = 64
-    queue: Annotated[int, Meta(ge=0, le=100_000)] = 256
+    queue: Annotated[int, Meta(ge=0, le=100_000)] = 1_000
     queue_wait_s: Annotated[float, Meta(gt=0, le=30)] = 1.0
     connections: Annotated[int, Meta(ge=10, le=100_000)] = 1_000
     # Requests and batch items a second on this node; 0: no limit.

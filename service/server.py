@@ -30,6 +30,7 @@ HANDSHAKE_DEADLINE_S: Final = 10.0
 BODY_DEADLINE_S: Final = 30.0  # a body of the most bytes, by a slow line
 UNREAD_S: Final = 1.0  # for the rest of a body that was refused unread
 MAX_CONNECTIONS: Final = 1_000
+YIELDS_AFTER_S: Final = 5.0  # idle for so long, a connection gives way: its next request is hardly under way
 SPARE: Final = 100  # connections beyond that: for what stops something, and to say to others that there are too many
 MAX_AGE_S: Final = 300.0
 DRAIN_S: Final = 20
@@ -43,7 +44,7 @@ class TlsClientCertProtocol(HttpToolsProtocol):
 
     max_age_s, drain_s = MAX_AGE_S, float(DRAIN_S)
     handshake_deadline_s, head_deadline_s, body_deadline_s = HANDSHAKE_DEADLINE_S, HEAD_DEADLINE_S, BODY_DEADLINE_S
-    max_connections = MAX_CONNECTIONS
+    max_connections, yields_after_s = MAX_CONNECTIONS, YIELDS_AFTER_S
     _old = False
     _refusal: tuple[int, str] = (400, "bad request")
     _tls: dict[str, Any] | None = None
@@ -70,7 +71,8 @@ class TlsClientCertProtocol(HttpToolsProtocol):
     def _crowd(self, transport: asyncio.Transport) -> None:
         """A connection too many: an idle one gives way, of those without a certificate first; else urgent requests alone."""
         live = [c for c in self.connections if isinstance(c, TlsClientCertProtocol) and not c.transport.is_closing()]
-        idle = [c for c in live if c is not self and c.idle]
+        before = self.loop.time() - self.yields_after_s
+        idle = [c for c in live if c is not self and c.idle and c._since <= before]
         if len(live) > self.max_connections + SPARE or len(self.connections) > 2 * self.max_connections:
             transport.abort()
         elif len(live) > self.max_connections and not idle:
@@ -196,7 +198,8 @@ class TlsClientCertProtocol(HttpToolsProtocol):
         scope: Any = self.scope
         scope.setdefault("extensions", {})["tls"] = self._tls
         if self._crowded:
-            scope["extensions"]["crowded"] = True
+            self._crowded = len(self.connections) > self.max_connections
+            scope["extensions"]["crowded"] = self._crowded
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -218,7 +221,7 @@ class TlsClientCertProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
         super().on_headers_complete()
-        if (self._old or self._crowded) and self.cycle is not None:
+        if self._old and self.cycle is not None:
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:

@@ -137,7 +137,7 @@ URGENT: Final = frozenset(
 )
 # Refusals that a caller can have as often as it likes: beyond so many a second, of a tenant or address, they come late.
 PACED: Final = frozenset({"unauthenticated", "rate_limited", "overloaded"})
-PACE: Final = 250.0
+PACE: Final = 100.0
 PACE_S: Final = 2.0
 
 
