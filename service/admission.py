@@ -6,10 +6,11 @@ import contextlib
 import ipaddress
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
+
+from service.limits import Meter, Rate, RateLimited
 
 RATE: Final = 10.0  # requests per second and source: a log asks once or twice a second
 BURST: Final = 20
@@ -20,31 +21,15 @@ RECORDS_BURST: Final = 20
 RECORDS_TOGETHER: Final = 20.0  # of all sources
 
 
-class RateLimited(Exception):
-    """Too many requests of this source, or too many at once; `retry_after` in seconds."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("too many requests")
-        self.retry_after = retry_after
-
-
 class Buckets:
-    """A token bucket for each source; an IPv6 host is its /64."""
+    """A rate for each source; an IPv6 host is its /64."""
 
     def __init__(self, *, rate: float, burst: int, sources: int, monotonic: Callable[[], float]) -> None:
-        self._rate, self._burst, self._sources, self._monotonic = rate, burst, sources, monotonic
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # source -> (tokens, when)
+        self._rate, self._meter = Rate(rate, burst), Meter(names=sources, monotonic=monotonic)
 
     def take(self, source: str) -> float:
-        """Take a token of this source; if there is none, the seconds until there is one, else 0."""
-        now, source = self._monotonic(), _network(source)
-        tokens, at = self._buckets.pop(source, (float(self._burst), now))
-        tokens = min(self._burst, tokens + (now - at) * self._rate)
-        allowed = tokens >= 1
-        self._buckets[source] = (tokens - allowed, now)
-        if len(self._buckets) > self._sources:
-            self._buckets.popitem(last=False)
-        return 0.0 if allowed else (1 - tokens) / self._rate
+        """Take one of this source; if there is none, the seconds until there is, else 0."""
+        return self._meter.take(_network(source), self._rate)
 
 
 class Admission:

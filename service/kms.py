@@ -86,6 +86,7 @@ from service.admission import Admission, Refusals
 from service.compliance import Bars, Compliance, Report
 from service.decisions import BundleLost, Decisions, Replay
 from service.ids import uuid4
+from service.limits import RateLimits
 from service.outcome import (
     DENIED,
     ERROR,
@@ -161,6 +162,7 @@ _WITNESS_REFUSALS: Final = {
     422: (FAILED, "proof_invalid"),
     503: (ERROR, "witness_busy"),
 }
+_TOO_MANY: Final = frozenset({"rate_limited"})  # refusals that cost less than what they refuse
 _RELEASES: Final = frozenset({"decrypt", "unwrap", "reEncrypt"})
 
 
@@ -337,6 +339,7 @@ class Kms:
         exceptions: Exceptions,
         grants: Grants,
         grant_uses: GrantUses,
+        rates: RateLimits,
         witness: Witness | None = None,
     ) -> None:
         self.node, self.region, self._here = node, region, frozenset({region})
@@ -347,6 +350,7 @@ class Kms:
         self._witness, self._strangers, self._refusals = witness, Admission(), Refusals(clock=clock)
         self.decisions, self.applied, self.bars = decisions, applied, bars
         self.exceptions, self.grants, self._grant_uses = exceptions, grants, grant_uses
+        self.rates = rates
         self.compliance = Compliance(keystore, bars, clock=clock)
         self._in_step: str | None = None  # the applied bundle that this worker has, by the digest it was applied with
         self._told_active = policy_now.digest
@@ -1374,6 +1378,7 @@ class Kms:
             entry.key, entry.wanted, entry.version, entry.touched = key, known.wanted, known.version, known.touched
             entry.decision = entry.ask.decision = known.decision
             entry.facts |= known.facts
+            self._metered(entry)
             return
         own = frozenset(entry.facts)
         request = self._asked(entry, action, key, version=version, target=target, leaving=leaving)
@@ -1391,6 +1396,15 @@ class Kms:
             memo.permits[question] = _Permit(
                 key, self.freezes.now, self.policy, entry.decision, entry.wanted, entry.version, entry.touched, facts
             )
+        self._metered(entry)
+
+    def _metered(self, entry: _Entry) -> None:
+        """RateLimited if the key that was permitted now is used too often.
+
+        After the decision: who may not use a key neither uses up what others may, nor learns from this that it exists.
+        """
+        if entry.wanted is not None and entry.key is not None and self.rates.keyed:
+            self.rates.use(str(entry.key.id))
 
     def _waived(self, entry: _Entry, request: policy.Request) -> policy.Request:
         """The request with what live exceptions waive for it: only where it needs any, and its record names them."""
@@ -1636,9 +1650,10 @@ class Kms:
             raise late
 
     async def _append(self, entry: _Entry, error: Exception | None) -> None:
-        """Make the record of an operation durable; of a flood of refused strangers, count it."""
+        """Make the record of an operation durable; of a flood of refused strangers, or of requests too many, count it."""
         ask, record = entry.ask, self._record(entry, error)
-        if ask.caller.authn == "none" and record.why is not None and self.log.state == "RUNNING":
+        flood = ask.caller.authn == "none" or record.why in _TOO_MANY
+        if flood and record.why is not None and self.log.state == "RUNNING":
             ask.counted = self._refusals.only_counted(ask.caller.source, record.why)
         if not ask.counted:
             change = self._counting(entry) if error is None else None

@@ -15,9 +15,9 @@ import audit.tree
 import keystore
 import policy
 from policy.signed import RowsDamaged
-from service.admission import RateLimited
 from service.approvals import ApprovalRefused, AuthenticatorCloned
 from service.decisions import BundleLost, FactsLost
+from service.limits import RateLimited
 from service.rows import AppliedDamaged, AppliedMoved, ApprovalDamaged, NoSuchToken
 
 

@@ -265,6 +265,23 @@ class _AuditState:
             self._states.labels(state).set(self._kms.log.state == state)
 
 
+class _LimitMetrics:
+    """What was refused because it was too much."""
+
+    def __init__(self, kms: Kms, registry: CollectorRegistry) -> None:
+        self._kms = kms
+        self._limited = _Total(
+            Counter(
+                "skms_rate_limited_total", "Requests and batch items above a rate limit", ["limit"], registry=registry
+            )
+        )
+
+    def refresh(self) -> None:
+        """Counters of each limit."""
+        for limit, count in self._kms.rates.refused.items():
+            self._limited.set(count, limit)
+
+
 class _SinkLag(Collector):
     """How far the receivers of the log are behind, as the database has it."""
 
@@ -450,6 +467,7 @@ class Observer:
             lambda: kms.shadow.mismatches,
         )
         self._watch_rows(kms)
+        self._copies.append(_LimitMetrics(kms, self.registry).refresh)
         self._copies.append(_HsmMetrics(kms, self.registry).refresh)
         self._told.register(_DrillMetrics(operations))
         self._told.register(_ComplianceMetrics(kms))

@@ -63,8 +63,8 @@ def _stop_on_signals(server: uvicorn.Server) -> None:
         signal.signal(number, stop)
 
 
-async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: int | None) -> int:
-    async with wire(config) as node:
+async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: int | None, workers: int) -> int:
+    async with wire(config, workers=workers) as node:
         listen = config.listen
         server = server_of(node.app, host=listen.host, port=listen.port, context=node.tls.context)
         # What lives now lives until the end: the collector need not look at it again.
@@ -84,12 +84,13 @@ async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: in
         return FENCED if node.kms.log.fenced.is_set() else 0
 
 
-def run(config: Config, *, fd: int | None = None, ready_fd: int | None = None) -> int:
+def run(config: Config, *, fd: int | None = None, ready_fd: int | None = None, workers: int = 1) -> int:
     """Serve until SIGTERM or SIGINT. Exit status 0, or FENCED if another writer took this worker's audit chain.
 
     Inherited from the supervisor: `fd`, a listening socket, and `ready_fd`, a pipe that hears when this worker serves.
+    It is one of `workers`.
     """
     configure_logging(config.log.level)
     sockets = None if fd is None else [socket.socket(fileno=fd)]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(config, sockets, ready_fd))
+        return runner.run(_run(config, sockets, ready_fd, workers))

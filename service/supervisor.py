@@ -141,7 +141,7 @@ def supervise(config_file: Path, config: Config, *, workers: int) -> int:
     with socket.create_server(address, backlog=2_048) as listener, seats(config.node.state_dir) as places:
         os.set_inheritable(listener.fileno(), True)
         command = [sys.executable, "-P", "-m", "service.cli.main", "serve", "--config", str(config_file)]
-        command += ["--fd", str(listener.fileno())]
+        command += ["--fd", str(listener.fileno()), "--among", str(workers)]
         memory = config.limits.worker_memory_mb << 20
         crew = [_Worker(command, listener.fileno(), places, memory=memory) for _ in range(workers)]
         while not stopping:

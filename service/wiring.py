@@ -59,7 +59,15 @@ from service.approvals import Approver, GroupRule, load_approver
 from service.callers import callers
 from service.ceremonies import record_ceremonies
 from service.compliance import Bars
-from service.config import ApprovalsSection, Config, FolderAnchor, HsmAnchor, SinkSection, WriteOnceAnchor
+from service.config import (
+    ApprovalsSection,
+    Config,
+    FolderAnchor,
+    HsmAnchor,
+    LimitsSection,
+    SinkSection,
+    WriteOnceAnchor,
+)
 from service.containment import Containment
 from service.database import close_engine, migrate, open_engine, ping
 from service.decisions import BundleLost, Bundles, Decisions
@@ -80,6 +88,7 @@ from service.keyfiles import KeyFileRefused, public_key
 from service.keygraph import GraphWatch
 from service.keyrequests import KeyRequests
 from service.kms import POLICY_SETTING, Kms, facts_of
+from service.limits import RateLimits
 from service.mark import Mark
 from service.policychanges import PolicyChanges
 from service.protocols.native import Limits, Native
@@ -395,6 +404,7 @@ async def kms_of(
     index_key: IndexKey,
     *,
     clock: Callable[[], int],
+    workers: int = 1,
 ) -> Kms:
     """The operations of a node, with its chain open; leaving the stack closes that."""
     # Salts and IVs come from the kernel: 0.6 us a call, and the token's own generator guards its keys.
@@ -439,6 +449,7 @@ async def kms_of(
         exceptions=Exceptions(boot_clock, time_of := Timekeeper(clock, boot_clock, recorded=lambda: log.newest)),
         grants=Grants(boot_clock, time_of),
         grant_uses=GrantUses(engine, key=row_keys(fleet), region=config.node.region),
+        rates=rates_of(config.limits, workers),
         freezes=Freezes(serving=functools.partial(serving, fleet), monotonic=boot_clock),
         decisions=Decisions(
             search,
@@ -464,8 +475,11 @@ async def kms_of(
 
 
 @contextlib.asynccontextmanager
-async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterator[Node]:
-    """A node that is ready to serve; leaving the block drains it and closes its chain. `clock` gives microseconds."""
+async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int = 1) -> AsyncIterator[Node]:
+    """A node that is ready to serve; leaving the block drains it and closes its chain. `clock` gives microseconds.
+
+    It is one of `workers`, and has its share of what the configuration gives to all of them.
+    """
     async with contextlib.AsyncExitStack() as stack:
         checked(config)
         engine = open_engine(config.database.url)
@@ -481,7 +495,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         guard = guard_of(config, engine, fleet)
         await asyncio.to_thread(guard.start)  # before this process writes its first record
         index_key = IndexKey(fleet.groups[config.node.region].row_mac(_INDEX))
-        kms = await kms_of(stack, config, engine, bundle, catalog, fleet, index_key, clock=clock)
+        kms = await kms_of(stack, config, engine, bundle, catalog, fleet, index_key, clock=clock, workers=workers)
         await asyncio.to_thread(believe, kms, bundle, applied)
         await kms.load_tenant_secrets()
         await kms.note("start")
@@ -545,6 +559,17 @@ async def wire(config: Config, *, clock: Callable[[], int] = now) -> AsyncIterat
         with contextlib.suppress(audit.log.Unavailable):  # a log that cannot be written keeps no process alive
             await kms.tell_refusals()
             await kms.note("stop")
+
+
+def rates_of(section: LimitsSection, workers: int) -> RateLimits:
+    """The rate limits of one worker."""
+    return RateLimits(
+        tenant=section.tenant_rate,
+        tenants=section.tenant_rates,
+        key=section.key_rate,
+        burst_s=section.burst_s,
+        workers=workers,
+    )
 
 
 def serving(fleet: Fleet, region: str) -> frozenset[str]:

@@ -20,6 +20,7 @@ def serve(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=1, help="worker processes")
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--among", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--metrics", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seat", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -59,7 +60,7 @@ def serve(argv: Sequence[str]) -> int:
     from service.tlsfiles import TlsFilesRefused
 
     try:
-        return run(config, fd=arguments.fd, ready_fd=arguments.ready_fd)
+        return run(config, fd=arguments.fd, ready_fd=arguments.ready_fd, workers=arguments.among)
     except ConfigInvalid as error:
         print(f"skms serve: {error}", file=sys.stderr)
         return 2

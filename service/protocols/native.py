@@ -116,6 +116,23 @@ class Call:
 
 Handler = Callable[[Call], Awaitable[Reply]]
 
+# What stops something, and what tells how the node is: when a node is flooded, it is needed most.
+URGENT: Final = frozenset(
+    {
+        "freeze",
+        "disable_key",
+        "compromise_key",
+        "schedule_deletion",
+        "revoke_version",
+        "revoke_grant",
+        "revoke_exception",
+        "revoke_token",
+        "revoke_approval",
+        "drain_hsm",
+        "metrics",
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -164,6 +181,7 @@ def _batch(plane: Plane) -> Handler:
                 reference = raw.get("reference") if isinstance(raw, dict) else None
                 references.append(reference if isinstance(reference, str) and _CLIENT_ID.fullmatch(reference) else None)
                 works.append(Unusable(meaning(error)[1], error))
+        call.kms.rates.charge(call.ask.caller.tenant, len(works) - 1)
         batch_id, results = await call.kms.batch(call.ask, plane.op, works)
         shown, failed = [], 0
         for reference, result in zip(references, results, strict=True):
@@ -1615,6 +1633,8 @@ class Native:
                 ask.caller = dataclasses.replace(ANONYMOUS, source=source)
             else:
                 ask.caller = await self.identity.identify(scope)
+                if route is None or not self._urgent(ask, route):
+                    self.kms.rates.admit(ask.caller.tenant)
             if route is None:
                 raise MethodNotAllowed(allowed) if allowed else NotFound("no such path")
             call = await self._call(ask, route, path, scope, receive)
@@ -1637,6 +1657,10 @@ class Native:
         allowed = {m for m, p in self._exact if p == path}
         allowed |= {other.method for other, pattern in self._patterns if pattern.fullmatch(path)}
         return None, {}, tuple(sorted(allowed))
+
+    def _urgent(self, ask: Ask, route: Route) -> bool:
+        """Whether a request stops something, or tells how the node is: no load and no limit keeps it out."""
+        return route.op in URGENT and self.kms.rates.urgent(ask.caller.id)
 
     async def _call(self, ask: Ask, route: Route, path: Mapping[str, str], scope: Scope, receive: Receive) -> Call:
         """Everything that is checked before the operation begins."""
@@ -1757,6 +1781,8 @@ class Native:
         if ask.client_request_id is not None:
             headers.append(("x-client-request-id", ask.client_request_id))
         headers += [("x-content-type-options", "nosniff"), *answer.headers]
+        if isinstance(answer, Reply) and ask.caller.tenant is not None:
+            headers += self.kms.rates.told(ask.caller.tenant)
         if isinstance(answer, Reply) and isinstance(answer.body, AsyncIterator):
             await self._stream(send, answer, [*headers, ("content-type", answer.media)])
             return

@@ -15,11 +15,11 @@ from audit.chain import Bad
 from audit.log import Unavailable
 from audit.proofs import NotCovered
 from audit.tree import Pruned
-from service.admission import RateLimited
 from service.approvals import ApprovalRefused
 from service.decisions import BundleLost, FactsLost
 from service.identity import Unidentified
 from service.identity.hops import HopRefused
+from service.limits import RateLimited
 from service.outcome import (
     DENIED,
     FAILED,
@@ -182,6 +182,7 @@ def problem(
     decision_id: str | None = None,
     executed: bool = False,
     retry_after: int | None = None,
+    headers: tuple[tuple[str, str], ...] = (),
     **extra: object,
 ) -> Problem:
     """The problem of a code; `retry_after` (seconds) where the error knows better than its row."""
@@ -198,13 +199,13 @@ def problem(
     if decision_id is not None:
         body["decision_id"] = decision_id
     body |= {k: v for k, v in extra.items() if v is not None}
-    headers: list[tuple[str, str]] = []
+    told = list(headers)
     wait = row.retry_after if retry_after is None else retry_after
     if row.retryable and wait is not None:
-        headers.append(("retry-after", str(wait)))
+        told.append(("retry-after", str(wait)))
     if code == "unauthenticated":
-        headers.append(("www-authenticate", 'Bearer realm="skms"'))
-    return Problem(row.status, body, tuple(headers))
+        told.append(("www-authenticate", 'Bearer realm="skms"'))
+    return Problem(row.status, body, tuple(told))
 
 
 def problem_of(error: BaseException, *, request_id: str, decision_id: str | None = None) -> Problem:
@@ -212,6 +213,7 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
     _, code = meaning(error)
     extra: dict[str, object] = {}
     executed, wait = False, None
+    told: tuple[tuple[str, str], ...] = ()
     match error:
         case policy.Denied():
             extra = _decided(error.decision)
@@ -256,12 +258,14 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
         case keystore.HsmUnavailable():
             extra, executed, wait = {"ckr": error.ckr or None}, error.executed, error.retry_after
         case RateLimited():
-            wait = error.retry_after
+            wait, told = error.retry_after, error.told
         case Unavailable():
             executed = error.executed
         case _:
             pass
-    return problem(code, request_id=request_id, decision_id=decision_id, executed=executed, retry_after=wait, **extra)
+    return problem(
+        code, request_id=request_id, decision_id=decision_id, executed=executed, retry_after=wait, headers=told, **extra
+    )
 
 
 def _decided(decision: policy.Decision) -> dict[str, object]:
