@@ -31,6 +31,10 @@ class Buckets:
         """Take one of this source; if there is none, the seconds until there is, else 0."""
         return self._meter.take(_network(source), self._rate)
 
+    def late(self, source: str, *, most: float) -> float:
+        """Take one of this source, and tell how many seconds too early that was: `most` seconds at the most."""
+        return self._meter.late(_network(source), self._rate, most=most)
+
 
 class Admission:
     """The bounds of one worker. For one event loop."""

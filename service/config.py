@@ -247,7 +247,12 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     batch_body: Annotated[int, Meta(ge=1_024, le=5_242_880)] = 4_194_304
     hsm_deadline_s: Annotated[float, Meta(gt=0, le=30)] = 5.0
     worker_memory_mb: Annotated[int, Meta(ge=0)] = 1_024
-    # Rate limits: docs/limits.md. Requests and batch items a second on this node; 0: no limit.
+    # docs/limits.md, of each worker: requests at once and behind them, connections.
+    in_flight: Annotated[int, Meta(ge=1, le=10_000)] = 128
+    queue: Annotated[int, Meta(ge=0, le=100_000)] = 256
+    queue_wait_s: Annotated[float, Meta(gt=0, le=30)] = 1.0
+    connections: Annotated[int, Meta(ge=10, le=100_000)] = 1_000
+    # Requests and batch items a second on this node; 0: no limit.
     tenant_rate: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     tenant_rates: dict[Place, Annotated[float, Meta(ge=0, le=1e6)]] = {}  # of tenants that differ
     key_rate: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # uses of one key

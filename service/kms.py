@@ -162,7 +162,10 @@ _WITNESS_REFUSALS: Final = {
     422: (FAILED, "proof_invalid"),
     503: (ERROR, "witness_busy"),
 }
-_TOO_MANY: Final = frozenset({"rate_limited"})  # refusals that cost less than what they refuse
+UNKNOWN: Final = (
+    50  # requests of unknown callers that are recorded one by one, a second and source; four times it of all
+)
+_TOO_MANY: Final = frozenset({"rate_limited", "overloaded"})  # refusals that cost less than what they refuse
 _RELEASES: Final = frozenset({"decrypt", "unwrap", "reEncrypt"})
 
 
@@ -348,6 +351,7 @@ class Kms:
         self.policy, self.shadow, self.freezes = policy_now, shadow, freezes
         self._load_policy, self._hsms, self._clock = load_policy, hsms, clock
         self._witness, self._strangers, self._refusals = witness, Admission(), Refusals(clock=clock)
+        self._unknown = Refusals(clock=clock, rate=UNKNOWN, burst=4 * UNKNOWN, together=4.0 * UNKNOWN)
         self.decisions, self.applied, self.bars = decisions, applied, bars
         self.exceptions, self.grants, self._grant_uses = exceptions, grants, grant_uses
         self.rates = rates
@@ -1326,8 +1330,10 @@ class Kms:
         entry.refused, ask.decision_id = (out, why), entry.id
         await self._append(entry, None)
 
-    async def unidentified(self, *, source: str, request_id: str, arrived: int, why: str) -> Receipt:
-        """Record a request whose caller or route is unknown."""
+    async def unidentified(self, *, source: str, request_id: str, arrived: int, why: str) -> Receipt | None:
+        """Record a request whose caller or route is unknown; None if it is one of a flood, and only counted."""
+        if self.log.state == "RUNNING" and self._unknown.only_counted(source, why):
+            return None
         record = event.Auth(
             id=uuid4(),
             ts=arrived,
@@ -1661,24 +1667,25 @@ class Kms:
 
     async def tell_refusals(self) -> None:
         """Record how many refusals were only counted since the last time; those that cannot be are kept for the next."""
-        counted = self._refusals.taken()
-        try:
-            while counted:
-                c = counted[-1]
-                record = event.Suppressed(
-                    id=uuid4(),
-                    ts=self._clock(),
-                    node=self.node,
-                    src=c.source or None,
-                    why=c.why,
-                    count=c.count,
-                    from_=c.since,
-                    to=c.until,
-                )
-                await self.log.append(record)
-                counted.pop()
-        finally:
-            self._refusals.give_back(counted)
+        for refusals in (self._refusals, self._unknown):
+            counted = refusals.taken()
+            try:
+                while counted:
+                    c = counted[-1]
+                    record = event.Suppressed(
+                        id=uuid4(),
+                        ts=self._clock(),
+                        node=self.node,
+                        src=c.source or None,
+                        why=c.why,
+                        count=c.count,
+                        from_=c.since,
+                        to=c.until,
+                    )
+                    await self.log.append(record)
+                    counted.pop()
+            finally:
+                refusals.give_back(counted)
 
     async def _withhold(self, entry: _Entry) -> Exception | None:
         """The reason not to release a recorded result: it was stopped while the record became durable."""

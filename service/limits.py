@@ -57,6 +57,14 @@ class Meter:
         now = self._monotonic()
         self._set(name, max(self._paid.get(name, now), now) + count / rate.per_second)
 
+    def late(self, name: str, rate: Rate, *, most: float) -> float:
+        """Take one, and tell how many seconds too early that was: `most` seconds at the most."""
+        now, whole = self._monotonic(), rate.burst / rate.per_second
+        paid = max(self._paid.get(name, now), now) + 1 / rate.per_second
+        paid = min(paid, now + whole + most)
+        self._set(name, paid)
+        return max(0.0, paid - now - whole)
+
     def left(self, name: str, rate: Rate) -> tuple[int, float]:
         """(how many could be taken now, seconds until all of the burst could)."""
         now = self._monotonic()

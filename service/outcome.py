@@ -19,6 +19,7 @@ from service.approvals import ApprovalRefused, AuthenticatorCloned
 from service.decisions import BundleLost, FactsLost
 from service.limits import RateLimited
 from service.rows import AppliedDamaged, AppliedMoved, ApprovalDamaged, NoSuchToken
+from service.turns import Overloaded
 
 
 class NotFound(Exception):
@@ -136,6 +137,7 @@ OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
     keystore.SelfTestFailed: (ERROR, "hsm_unavailable"),
     keystore.KeyLimitReached: (DENIED, "quota_exceeded"),
     RateLimited: (DENIED, "rate_limited"),
+    Overloaded: (ERROR, "overloaded"),
     Draining: (ERROR, "draining"),
     BundleLost: (FAILED, "bundle_lost"),
     FactsLost: (FAILED, "facts_lost"),

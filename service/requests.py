@@ -39,6 +39,7 @@ from service.loglines import where
 from service.rows import Operations
 from service.seats import of_all_workers
 from service.sovereignty import Sovereignty
+from service.turns import Turns
 
 log: Final = logging.getLogger("skms.request")
 alarm: Final = logging.getLogger("skms.alarm")
@@ -571,6 +572,20 @@ class Observer:
         """Show how far the receivers of the log are behind."""
         self._told.register(_SinkLag(engine, sinks, clock))
         self._copies.append(_SinkMetrics(sinks, self.registry).refresh)
+
+    def watch_turns(self, turns: Turns) -> None:
+        """Show how many requests are under way and wait, and what was refused for it."""
+        self._gauge("skms_requests_in_flight", "Requests that have a place", lambda: turns.inside, "livesum")
+        self._gauge("skms_requests_waiting", "Requests that wait for one", lambda: turns.waiting, "livesum")
+        refused = _Total(
+            Counter("skms_overloaded_total", "Requests refused under overload", ["limit"], registry=self.registry)
+        )
+
+        def copy() -> None:
+            for limit, count in turns.refused.items():
+                refused.set(count, limit)
+
+        self._copies.append(copy)
 
     def watch_sovereignty(self, figures: Sovereignty) -> None:
         """Show the figures of sovereignty."""

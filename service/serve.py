@@ -15,7 +15,7 @@ import uvloop
 
 from service.config import Config
 from service.loglines import configure_logging
-from service.server import server_of
+from service.server import protocol_of, server_of
 from service.wiring import wire
 
 log: Final = logging.getLogger("skms.serve")
@@ -66,7 +66,8 @@ def _stop_on_signals(server: uvicorn.Server) -> None:
 async def _run(config: Config, sockets: list[socket.socket] | None, ready_fd: int | None, workers: int) -> int:
     async with wire(config, workers=workers) as node:
         listen = config.listen
-        server = server_of(node.app, host=listen.host, port=listen.port, context=node.tls.context)
+        protocol = protocol_of(config.limits.connections)
+        server = server_of(node.app, host=listen.host, port=listen.port, context=node.tls.context, protocol=protocol)
         # What lives now lives until the end: the collector need not look at it again.
         gc.collect()
         gc.freeze()

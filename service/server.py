@@ -8,7 +8,9 @@ dropped: a client with the saved session alone was accepted with its old identit
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import socket
 import ssl
 import time
 from typing import Any, Final
@@ -24,6 +26,11 @@ MAX_HEAD: Final = 32_768
 MAX_HEADERS: Final = 100
 MAX_MESSAGE: Final = 5 * 2**20
 HEAD_DEADLINE_S: Final = 10.0
+HANDSHAKE_DEADLINE_S: Final = 10.0
+BODY_DEADLINE_S: Final = 30.0  # a body of the most bytes, by a slow line
+UNREAD_S: Final = 1.0  # for the rest of a body that was refused unread
+MAX_CONNECTIONS: Final = 1_000
+SPARE: Final = 100  # connections beyond that: for what stops something, and to say to others that there are too many
 MAX_AGE_S: Final = 300.0
 DRAIN_S: Final = 20
 LINGER_S: Final = 1.0  # how long a stopping worker still answers what comes on an idle connection
@@ -35,6 +42,8 @@ class TlsClientCertProtocol(HttpToolsProtocol):
     """One per connection."""
 
     max_age_s, drain_s = MAX_AGE_S, float(DRAIN_S)
+    handshake_deadline_s, head_deadline_s, body_deadline_s = HANDSHAKE_DEADLINE_S, HEAD_DEADLINE_S, BODY_DEADLINE_S
+    max_connections = MAX_CONNECTIONS
     _old = False
     _refusal: tuple[int, str] = (400, "bad request")
     _tls: dict[str, Any] | None = None
@@ -42,6 +51,8 @@ class TlsClientCertProtocol(HttpToolsProtocol):
     _size, _in_head = 0, True  # bytes of this message so far
     _deadline: asyncio.TimerHandle | None = None
     _age: asyncio.TimerHandle | None = None
+    _crowded = False
+    _since = 0.0  # when it became idle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too: what it gets is a Transport
         super().connection_made(transport)
@@ -50,8 +61,39 @@ class TlsClientCertProtocol(HttpToolsProtocol):
             transport.abort()
             return
         self._tls = self._extension(tls)
-        self._deadline = self.loop.call_later(HEAD_DEADLINE_S, transport.abort)
+        self._since = self.loop.time()
+        if len(self.connections) > self.max_connections:
+            self._crowd(transport)
+        self._deadline = self.loop.call_later(self.head_deadline_s, transport.abort)
         self._age = self.loop.call_later(self.max_age_s, self._grow_old)
+
+    def _crowd(self, transport: asyncio.Transport) -> None:
+        """A connection too many: an idle one gives way, of those without a certificate first; else urgent requests alone."""
+        live = [c for c in self.connections if isinstance(c, TlsClientCertProtocol) and not c.transport.is_closing()]
+        idle = [c for c in live if c is not self and c.idle]
+        if len(live) > self.max_connections + SPARE or len(self.connections) > 2 * self.max_connections:
+            transport.abort()
+        elif len(live) > self.max_connections and not idle:
+            self._crowded = True
+        elif len(live) > self.max_connections:
+            min(idle, key=lambda c: (c.certified, c._since)).give_way()
+
+    def give_way(self) -> None:
+        """End an idle connection."""
+        if self._age is not None:
+            self._age.cancel()
+        self._end()
+
+    @property
+    def certified(self) -> bool:
+        """Whether the client showed a certificate."""
+        return self._tls is not None and bool(self._tls["client_cert_chain"])
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way, nor was the connection told to end."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered and self._size == 0 and not self.transport.is_closing()
 
     def _extension(self, tls: ssl.SSLObject) -> dict[str, Any]:
         der = tls.getpeercert(binary_form=True)
@@ -102,10 +144,30 @@ class TlsClientCertProtocol(HttpToolsProtocol):
                 self.send_400_response("")
                 return
             if self._size == 0 and self._deadline is None:
-                self._deadline = self.loop.call_later(HEAD_DEADLINE_S, self.transport.abort)
+                self._deadline = self.loop.call_later(self.head_deadline_s, self.transport.abort)
             part, data = data[:room], data[room:]
             self._size += len(part)
             super().data_received(part)
+        if not self._in_head and self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(self.body_deadline_s, self._too_slow)
+
+    def _too_slow(self) -> None:
+        """The body has not come in time: say so if its answer has not begun, and end the connection."""
+        if self.cycle is None or self.cycle.response_started:
+            self.transport.abort()
+            return
+        self._refusal = (408, "body too slow")
+        self.send_400_response("")
+
+    def on_response_complete(self) -> None:
+        """An answer has left. Whatever is to come of its body is not waited for."""
+        unread = not self._in_head and not self.pipeline
+        self._since = self.loop.time()
+        super().on_response_complete()
+        if unread and not self.transport.is_closing():
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._deadline = self.loop.call_later(UNREAD_S, self.transport.abort)
 
     def _refuse(self, status: int, reason: str) -> None:
         self._refusal = (status, reason)
@@ -133,6 +195,8 @@ class TlsClientCertProtocol(HttpToolsProtocol):
         super().on_message_begin()
         scope: Any = self.scope
         scope.setdefault("extensions", {})["tls"] = self._tls
+        if self._crowded:
+            scope["extensions"]["crowded"] = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -154,12 +218,20 @@ class TlsClientCertProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
         super().on_headers_complete()
-        if self._old and self.cycle is not None:
+        if (self._old or self._crowded) and self.cycle is not None:
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
         self._in_head, self._size = True, 0
+
+
+def protocol_of(connections: int) -> type[TlsClientCertProtocol]:
+    """The protocol of a worker that takes so many connections."""
+    return type("Connection", (TlsClientCertProtocol,), {"max_connections": connections})
 
 
 def tls_context(certificate: str, key: str, authorities: str, crls: str | None = None) -> ssl.SSLContext:
@@ -178,6 +250,30 @@ def tls_context(certificate: str, key: str, authorities: str, crls: str | None =
         context.load_verify_locations(crls)
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     return context
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with a limit for the TLS handshake: it has none of its own, and the event loop's is a minute."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on the sockets, or on the configured address."""
+        config, loop = self.config, asyncio.get_running_loop()
+        protocol: Any = config.http_protocol_class
+        connection = functools.partial(
+            protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        listen = functools.partial(
+            loop.create_server,
+            connection,
+            ssl=config.ssl,
+            backlog=config.backlog,
+            ssl_handshake_timeout=protocol.handshake_deadline_s,
+        )
+        if sockets is None:
+            self.servers = [await listen(host=config.host, port=config.port)]
+        else:
+            self.servers = [await listen(sock=one) for one in sockets]
+        self.started = True
 
 
 def server_of(
@@ -205,4 +301,4 @@ def server_of(
         backlog=2_048,
         ssl_context_factory=lambda *_: context,
     )
-    return uvicorn.Server(config)
+    return Server(config)

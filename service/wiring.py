@@ -110,6 +110,7 @@ from service.sovereignty import Sovereignty, follow
 from service.timekeeping import Timekeeper
 from service.timestamps import Timestamps
 from service.tlsfiles import TlsFiles
+from service.turns import Turns
 from service.webauthn import Credential, decoded
 from service.witnesses import Witnesses, checked, post_quantum_of, pusher_of, witness_of
 
@@ -533,6 +534,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int =
             health=health,
             observer=observer,
             limits=Limits(config.limits.body, config.limits.batch_body),
+            turns=turns_of(config.limits, observer),
             clock=clock,
         )
         graph = GraphWatch(kms, Settings(engine), containment, clock=clock)
@@ -570,6 +572,13 @@ def rates_of(section: LimitsSection, workers: int) -> RateLimits:
         burst_s=section.burst_s,
         workers=workers,
     )
+
+
+def turns_of(section: LimitsSection, observer: Observer) -> Turns:
+    """The places for requests of one worker, shown in its metrics."""
+    turns = Turns(places=section.in_flight, queue=section.queue, wait_s=section.queue_wait_s)
+    observer.watch_turns(turns)
+    return turns
 
 
 def serving(fleet: Fleet, region: str) -> frozenset[str]:

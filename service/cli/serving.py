@@ -27,6 +27,8 @@ def serve(argv: Sequence[str]) -> int:
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, 0)
     )  # plaintexts and keys of messages are in memory: workers inherit it
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is one, and 1,024 is a usual soft limit
     from service.integrity import Altered, check
 
     try:

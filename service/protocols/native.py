@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from audit.witness import Answer
 from keystore import Bounds, Import, Key, KeySpec, KeyUsage, ListFilter, NewKey, Rotation, Wrapping
 from policy import Caller
 from policy.explain import shown
+from service.admission import SOURCES, Buckets
 from service.containment import Containment, NewFreeze
 from service.decisions import HOP
 from service.drills import Drills, ExitDrill
@@ -65,6 +67,7 @@ from service.quorum import Standing
 from service.requests import Observer
 from service.rows import Idempotency, InProgress, NewToken, Replay, Reused
 from service.sovereignty import Sovereignty
+from service.turns import Turns
 from service.work import Work
 
 JSON: Final = "application/json"
@@ -132,6 +135,10 @@ URGENT: Final = frozenset(
         "metrics",
     }
 )
+# Refusals that a caller can have as often as it likes: beyond so many a second, of a tenant or address, they come late.
+PACED: Final = frozenset({"unauthenticated", "rate_limited", "overloaded"})
+PACE: Final = 100.0
+PACE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -1612,8 +1619,13 @@ class Native:
         health: Health,
         observer: Observer,
         limits: Limits,
+        turns: Turns,
         clock: Callable[[], int],
     ) -> None:
+        self.turns, self._refused = (
+            turns,
+            Buckets(rate=PACE, burst=int(PACE), sources=SOURCES, monotonic=time.monotonic),
+        )
         self.kms, self.identity, self.idempotency, self.drills = kms, identity, idempotency, drills
         self.ways, self.granting, self.excepting = ways, granting, excepting
         self.containment, self.requests, self.policy_changes = containment, requests, policy_changes
@@ -1628,21 +1640,42 @@ class Native:
         source = (scope.get("client") or ("",))[0]
         route, path, allowed = self._route(scope)
         answer: Reply | Problem
+        place: str | None = None
         try:
-            if route is not None and (route.public or route.anonymous):
-                ask.caller = dataclasses.replace(ANONYMOUS, source=source)
-            else:
-                ask.caller = await self.identity.identify(scope)
-                if route is None or not self._urgent(ask, route):
-                    self.kms.rates.admit(ask.caller.tenant)
-            if route is None:
-                raise MethodNotAllowed(allowed) if allowed else NotFound("no such path")
-            call = await self._call(ask, route, path, scope, receive)
-            answer = self._replayed(call, route) or await self._handled(call, route)
-        except Exception as error:
-            answer = await self._failed(ask, route, source, error)
-        await self._send(send, ask, route, answer)
+            try:
+                if route is not None and (route.public or route.anonymous):
+                    ask.caller = dataclasses.replace(ANONYMOUS, source=source)
+                else:
+                    ask.caller = await self.identity.identify(scope)
+                    if route is None or not self._urgent(ask, route):
+                        place = await self._admitted(ask, scope)
+                if route is None:
+                    raise MethodNotAllowed(allowed) if allowed else NotFound("no such path")
+                call = await self._call(ask, route, path, scope, receive)
+                answer = self._replayed(call, route) or await self._handled(call, route)
+            except Exception as error:
+                answer = await self._failed(ask, route, source, error)
+            if place is not None and not isinstance(answer.body, AsyncIterator):
+                self.turns.leave(place)  # a reader that is slow keeps nobody waiting
+                place = None
+            if isinstance(answer, Problem) and answer.body["code"] in PACED:
+                await self._paced(ask.caller.tenant or source)
+            await self._send(send, ask, answer)
+        finally:
+            if place is not None:
+                self.turns.leave(place)
         self.observer.observe(ask, source, scope["method"], answer.status, self._clock())
+
+    async def _admitted(self, ask: Ask, scope: Scope) -> str:
+        """Whose place among the requests under way this one has taken; RateLimited or Overloaded before its body is read."""
+        tenant = ask.caller.tenant
+        self.kms.rates.admit(tenant)
+        if scope["extensions"].get("crowded"):
+            raise self.turns.crowded()
+        who = tenant or ""
+        if not self.turns.enter(who):
+            await self.turns.wait(who)
+        return who
 
     def _route(self, scope: Scope) -> tuple[Route | None, Mapping[str, str], tuple[str, ...]]:
         method, path = scope["method"], scope["path"]
@@ -1657,6 +1690,11 @@ class Native:
         allowed = {m for m, p in self._exact if p == path}
         allowed |= {other.method for other, pattern in self._patterns if pattern.fullmatch(path)}
         return None, {}, tuple(sorted(allowed))
+
+    async def _paced(self, who: str) -> None:
+        """Hold back the answer to one of a flood of refusals: a connection that waits for it sends nothing meanwhile."""
+        if late := self._refused.late(who, most=PACE_S):
+            await asyncio.sleep(late)
 
     def _urgent(self, ask: Ask, route: Route) -> bool:
         """Whether a request stops something, or tells how the node is: no load and no limit keeps it out."""
@@ -1761,6 +1799,7 @@ class Native:
                     ask.receipt = await self.kms.unidentified(
                         source=source, request_id=ask.request_id, arrived=ask.arrived, why=why
                     )
+                    ask.counted = ask.receipt is None
                 else:
                     rule = f"{HOP}{error.reason}" if isinstance(error, HopRefused) else None
                     await self.kms.refused(ask, route.op, out, code, rule=rule)
@@ -1772,7 +1811,7 @@ class Native:
             self.observer.crash(ask, error)
         return problem_of(error, request_id=ask.request_id, decision_id=ask.decision_id)
 
-    async def _send(self, send: Send, ask: Ask, route: Route | None, answer: Reply | Problem) -> None:
+    async def _send(self, send: Send, ask: Ask, answer: Reply | Problem) -> None:
         headers: list[tuple[str, str]] = [("x-request-id", ask.request_id)]
         if all(name != "cache-control" for name, _ in answer.headers):
             headers.append(("cache-control", "no-store"))

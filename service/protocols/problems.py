@@ -35,6 +35,7 @@ from service.outcome import (
 from service.protocols.strict_json import Invalid, Malformed
 from service.protocols.wire import moment
 from service.rows import AppliedMoved
+from service.turns import Overloaded
 
 
 class PayloadTooLarge(Exception):
@@ -162,6 +163,7 @@ ERRORS: Final[dict[str, Row]] = {
     "record_archived": Row(410, "These records are in the archive alone"),
     "checkpoint_pending": Row(503, "No checkpoint covers this yet", True, 1),
     "freeze_unconfirmed": Row(503, "The freeze state is not confirmed", True, 1),
+    "overloaded": Row(503, "Too many requests at once; nothing was done", True, 1),
     "draining": Row(503, "This node is shutting down", True, 1),
 }
 
@@ -257,7 +259,7 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
             extra = {"ckr": error.ckr}
         case keystore.HsmUnavailable():
             extra, executed, wait = {"ckr": error.ckr or None}, error.executed, error.retry_after
-        case RateLimited():
+        case RateLimited() | Overloaded():
             wait, told = error.retry_after, error.told
         case Unavailable():
             executed = error.executed

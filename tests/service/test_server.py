@@ -159,11 +159,13 @@ async def hello(_: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def greeting(files: Files, protocol: type[TlsClientCertProtocol]) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+async def greeting(
+    files: Files, protocol: type[TlsClientCertProtocol], app: Any = hello
+) -> AsyncIterator[tuple[uvicorn.Server, int]]:
     """A server that says hi, and its port; the block is left when it has ended."""
     listen = files.config.listen
     context = tls_context(str(listen.certificate), str(listen.private_key), str(listen.client_ca))
-    server = server_of(hello, host="127.0.0.1", port=0, context=context, protocol=protocol)
+    server = server_of(app, host="127.0.0.1", port=0, context=context, protocol=protocol)
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
@@ -209,3 +211,137 @@ async def test_an_old_connection_ends_with_an_answer_and_an_idle_one_by_itself(d
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls_of(dev_files, None))
         assert await asyncio.wait_for(reader.read(), 60) == b""
         writer.close()
+
+
+class Strict(TlsClientCertProtocol):
+    """Connections whose limits are soon reached."""
+
+    handshake_deadline_s = head_deadline_s = body_deadline_s = 0.5
+    max_connections = 3
+
+
+Wire = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def connected(files: Files, port: int, said: bytes = b"", *, name: str | None = None) -> Wire:
+    """A connection that has said something."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls_of(files, name))
+    writer.write(said)
+    return reader, writer
+
+
+async def rest(reader: asyncio.StreamReader) -> bytes:
+    """What comes until the server ends the connection; a reset is an end, too."""
+    got = b""
+    with contextlib.suppress(OSError, ssl.SSLError):
+        while part := await asyncio.wait_for(reader.read(65_536), 60):
+            got += part
+    return got
+
+
+async def greet_whole(scope: Any, receive: Any, send: Any) -> None:
+    """Say hi after the whole body, or how crowded it is at once."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        if not message.get("more_body"):
+            break
+    text = b"crowded" if scope["extensions"].get("crowded") else b"hi"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(text))]})
+    await send({"type": "http.response.body", "body": text})
+
+
+async def refuse(_: Any, __: Any, send: Any) -> None:
+    """Answer without a look at the body."""
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+UPLOAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+
+
+@pytest.mark.anyio
+async def test_W_06_slow_handshakes_heads_and_bodies_are_ended(dev_files: Files) -> None:
+    async with greeting(dev_files, Strict, greet_whole) as (_, port):
+        handshake = await asyncio.open_connection("127.0.0.1", port)
+        head = await connected(dev_files, port, b"GET / HT")
+        body = await connected(dev_files, port, UPLOAD + b"\r\nx")
+        assert await rest(handshake[0]) == b""
+        assert await rest(head[0]) == b""
+        told = await rest(body[0])
+        assert told.startswith(b"HTTP/1.1 408 ")
+        assert b'"code": "request_malformed"' in told
+        whole = await connected(dev_files, port, UPLOAD.replace(b"1000000", b"3") + b"\r\nabc")
+        assert (await asyncio.wait_for(whole[0].readuntil(b"hi"), 60)).startswith(b"HTTP/1.1 200 ")
+        for _, writer in (handshake, head, body, whole):
+            writer.close()
+
+
+@pytest.mark.anyio
+async def test_W_06_a_drip_of_a_body_does_not_win_time(dev_files: Files) -> None:
+    async with greeting(dev_files, Strict, greet_whole) as (_, port):
+        reader, writer = await connected(dev_files, port, UPLOAD + b"\r\n")
+        answer = asyncio.create_task(rest(reader))
+        for _ in range(600):
+            if answer.done():
+                break
+            writer.write(b"x")
+            await asyncio.sleep(0.05)
+        assert (await answer)[:13] in {b"HTTP/1.1 408 ", b""}  # a reset may take the answer with it
+        writer.close()
+
+
+@pytest.mark.anyio
+async def test_W_15_a_body_refused_unread_is_not_waited_for_and_never_asked_for(dev_files: Files) -> None:
+    async with greeting(dev_files, TlsClientCertProtocol, refuse) as (_, port):
+        polite = await connected(dev_files, port, UPLOAD + b"Expect: 100-continue\r\n\r\n")
+        told = await rest(polite[0])
+        assert told.startswith(b"HTTP/1.1 401 ")
+        assert b"100 Continue" not in told
+        slow = await connected(dev_files, port, UPLOAD + b"\r\n" + b"x" * 1_000)
+        assert (await rest(slow[0])).startswith(b"HTTP/1.1 401 ")
+        quick = await connected(dev_files, port, UPLOAD + b"\r\n" + b"x" * 1_000_000)  # as curl does: all at once
+        assert (await asyncio.wait_for(quick[0].readuntil(b"no"), 60)).startswith(b"HTTP/1.1 401 ")
+        quick[1].write(UPLOAD.replace(b"1000000", b"1") + b"\r\nx")
+        assert (await asyncio.wait_for(quick[0].readuntil(b"no"), 60)).startswith(b"HTTP/1.1 401 ")  # kept
+        for _, writer in (polite, slow, quick):
+            writer.close()
+
+
+@pytest.mark.anyio
+async def test_idle_connections_give_way_to_new_ones_and_strangers_first(dev_files: Files) -> None:
+    class Few(TlsClientCertProtocol):
+        max_connections = 3
+
+    async with greeting(dev_files, Few) as (server, port):
+        known = await connected(dev_files, port, name="health-eu-de-1")
+        strangers = [await connected(dev_files, port) for _ in range(2)]
+        while len(server.server_state.connections) < 3:
+            await asyncio.sleep(0.01)
+        newer = []
+        for gone, _ in strangers:
+            newer.append(await connected(dev_files, port, GET, name="health-eu-de-1"))
+            assert await rest(gone) == b""
+            assert b"hi" in await asyncio.wait_for(newer[-1][0].readuntil(b"hi"), 60)
+        known[1].write(GET)
+        assert b"hi" in await asyncio.wait_for(known[0].readuntil(b"hi"), 60)
+        for _, writer in (known, *strangers, *newer):
+            writer.close()
+
+
+@pytest.mark.anyio
+async def test_when_none_is_idle_a_new_connection_is_for_one_request_that_is_told_so(dev_files: Files) -> None:
+    class Few(TlsClientCertProtocol):
+        max_connections = 3
+
+    async with greeting(dev_files, Few, greet_whole) as (server, port):
+        busy = [await connected(dev_files, port, UPLOAD + b"\r\n") for _ in range(3)]
+        while len(server.server_state.tasks) < 3:
+            await asyncio.sleep(0.01)
+        new = await connected(dev_files, port, GET)
+        told = await rest(new[0])
+        assert told.endswith(b"crowded")
+        assert b"connection: close" in told
+        for _, writer in (*busy, new):
+            writer.close()
