@@ -1,23 +1,27 @@
 """How a call that may reach an HSM is run: inline where that is quick, else on the HSM's own threads with a deadline.
 
-A thread hop costs as much as an operation on a token in this process, so those run on the event loop. A token behind a
-network may be slow or hang: its calls take threads of their own, a bounded queue and a deadline. When the queue is full
-a call is refused at once; what waits behind a hanging HSM would only be late.
+A thread hop costs as much as an operation on a token in this process, so those run on the event loop, but for the heavy
+ones: an RSA signature there would hold up everybody. A token behind a network may be slow or hang. Calls off the loop
+take threads of their own, a bounded queue in which tenants take turns, and a deadline. When the queue is full a call is
+refused at once; what waits behind a hanging HSM would only be late.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from keystore import Hsm, HsmTimeout, HsmUnavailable
+from service.turns import Overloaded, Turns
 
 T = TypeVar("T")
 
 THREADS: Final = 8
 QUEUE: Final = 64
+HEAVY_QUEUE: Final = 1_024  # calls of milliseconds: the requests at once are the bound
 SLOW_S: Final = 60.0  # key generation; RSA-4096 took 4.8 s at worst in software
 
 
@@ -33,36 +37,50 @@ class HsmCalls:
         threads: int = THREADS,
         queue: int = QUEUE,
     ) -> None:
-        self._hsms, self._deadline, self._slow, self._most = hsms, deadline_s, slow_s, threads + queue
+        self._hsms, self._deadline, self._slow = hsms, deadline_s, slow_s
         self._pools = {r: ThreadPoolExecutor(threads, thread_name_prefix=f"hsm-{r}") for r in hsms}
-        self._inside = dict.fromkeys(hsms, 0)
+        # The last thread is for another tenant than has all others: a call may take seconds.
+        self._turns = {r: Turns(places=threads, most=max(1, threads - 1), queue=queue, wait_s=deadline_s) for r in hsms}
+        # They compute in this process: as many at once as leave the event loop a core.
+        heavy = max(1, min(threads, (os.cpu_count() or 1) // 2))
+        self._heavy = {r: Turns(places=heavy, most=heavy, queue=HEAVY_QUEUE, wait_s=deadline_s) for r in hsms}
 
-    async def run(self, region: str, call: Callable[[], T], *, slow: bool = False) -> T:
-        """The result of `call`, which reaches at most the HSM of `region`. `slow` calls make keys: never inline.
+    async def run(
+        self, region: str, call: Callable[[], T], *, who: str = "", slow: bool = False, heavy: bool = False
+    ) -> T:
+        """The result of `call`, which reaches at most the HSM of `region`, for the tenant `who`.
 
-        HsmUnavailable at once when too many calls wait already; HsmTimeout after the deadline. A call that is late goes
-        on in its thread, and its result is dropped.
+        `slow` calls make keys, `heavy` ones compute for milliseconds where others take microseconds: never inline.
+        HsmUnavailable at once when too many calls wait already, or if its turn does not come; HsmTimeout after the
+        deadline. A call that is late goes on in its thread, and its result is dropped.
         """
         hsm = self._hsms.get(region)
-        if hsm is None or (hsm.fast and not slow):
+        if hsm is None or (hsm.fast and not slow and not heavy):
             return call()
-        if self._inside[region] >= self._most:
-            raise HsmUnavailable(f"too many calls wait for the HSM of region {region}")
-        self._inside[region] += 1
-        running = asyncio.get_running_loop().run_in_executor(self._pools[region], call)
-        running.add_done_callback(lambda _: self._left(region))
-        done, _ = await asyncio.wait({running}, timeout=self._slow if slow else self._deadline)
+        loop, deadline = asyncio.get_running_loop(), self._slow if slow else self._deadline
+        turns = self._heavy[region] if hsm.fast and not slow else self._turns[region]
+        begun = loop.time()
+        if not turns.enter(who):
+            try:
+                await turns.wait(who, deadline)
+            except Overloaded:
+                raise HsmUnavailable(f"too many calls wait for the HSM of region {region}") from None
+        try:
+            running = loop.run_in_executor(self._pools[region], call)
+        except BaseException:
+            turns.leave(who)
+            raise
+        running.add_done_callback(lambda _: turns.leave(who))
+        done, _ = await asyncio.wait({running}, timeout=max(0.0, begun + deadline - loop.time()))
         if not done:
             running.add_done_callback(_drop)
             raise HsmTimeout(f"the HSM of region {region} did not answer in time")
         return running.result()
 
-    def _left(self, region: str) -> None:
-        self._inside[region] -= 1
-
     def waiting(self, region: str) -> int:
         """Calls of a region that have not ended."""
-        return self._inside.get(region, 0)
+        turns = self._turns.get(region), self._heavy.get(region)
+        return sum(t.inside + t.waiting for t in turns if t is not None)
 
     def close(self) -> None:
         """Take no new calls; end those that wait. One that hangs ends with the process."""

@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict, deque
 from typing import Final
 
-SHARE: Final = 0.75  # of the places, at most, for one tenant
+SHARE: Final = 0.75  # of the places, at most, for one tenant, unless it is told otherwise
 
 
 class Overloaded(Exception):
@@ -25,11 +25,14 @@ class Overloaded(Exception):
 
 
 class Turns:
-    """`places` at once and `queue` behind them, each for `wait_s` at most. For one event loop."""
+    """`places` at once, `most` of them for one tenant, and `queue` behind them, each for `wait_s` at most.
 
-    def __init__(self, *, places: int, queue: int, wait_s: float) -> None:
+    For one event loop.
+    """
+
+    def __init__(self, *, places: int, queue: int, wait_s: float, most: int | None = None) -> None:
         self._places, self._queue, self._wait_s = places, queue, wait_s
-        self._most = math.ceil(places * SHARE)
+        self._most = math.ceil(places * SHARE) if most is None else most
         self.inside = self.waiting = 0
         self._held: dict[str, int] = {}  # places of each tenant that has any
         self._lines: dict[str, deque[asyncio.Future[None]]] = {}  # of each tenant that waits
@@ -45,13 +48,16 @@ class Turns:
         self._held[who] = held + 1
         return True
 
-    async def wait(self, who: str) -> None:
-        """Take a place once it is this tenant's turn; Overloaded, at once if the queue is full of others' equals."""
+    async def wait(self, who: str, seconds: float | None = None) -> None:
+        """Take a place once it is this tenant's turn; Overloaded after `seconds`, and at once if the queue is full.
+
+        Unless another tenant has more waiting there: then the newest of those is Overloaded.
+        """
         if self.waiting >= self._queue:
             self._make_room(who)
         loop = asyncio.get_running_loop()
         mine = loop.create_future()
-        timer = loop.call_later(self._wait_s, self._late, who, mine)
+        timer = loop.call_later(self._wait_s if seconds is None else seconds, self._late, who, mine)
         self._line(who).append(mine)
         self.waiting += 1
         try:

@@ -53,7 +53,7 @@ async def test_key_generation_has_a_deadline_of_its_own() -> None:
 
 @pytest.mark.anyio
 async def test_R7_when_too_many_wait_for_a_slow_HSM_the_next_is_refused_at_once() -> None:
-    some, go = calls(), threading.Event()
+    some, go = calls(threads=3), threading.Event()  # two for one tenant
     waiting = [asyncio.create_task(some.run("eu-de-1", go.wait)) for _ in range(5)]
     await asyncio.sleep(0.05)
     with pytest.raises(HsmUnavailable, match="too many"):
@@ -62,6 +62,65 @@ async def test_R7_when_too_many_wait_for_a_slow_HSM_the_next_is_refused_at_once(
     go.set()
     await asyncio.gather(*waiting)
     assert await some.run("eu-de-1", lambda: "again") == "again"
+
+
+@pytest.mark.anyio
+async def test_tenants_take_turns_at_a_slow_HSM_and_one_of_them_never_has_every_thread() -> None:
+    some, go, done = calls(threads=3, queue=100), threading.Event(), list[str]()
+
+    async def call(who: str) -> None:
+        await some.run("eu-de-1", go.wait, who=who)
+        done.append(who)
+
+    crowd = [asyncio.create_task(call("a")) for _ in range(60)]
+    await asyncio.sleep(0)
+    assert await some.run("eu-de-1", lambda: "at once", who="b") == "at once"  # while all that `a` may have hang
+    few = [asyncio.create_task(call(who)) for who in ("b", "c") for _ in range(5)]
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.gather(*crowd, *few)
+    assert max(n for n, who in enumerate(done) if who != "a") < 30, done
+
+
+@pytest.mark.anyio
+async def test_a_full_queue_refuses_the_tenant_that_fills_it() -> None:
+    some, go = calls(), threading.Event()
+    crowd = [asyncio.create_task(some.run("eu-de-1", go.wait, who="a")) for _ in range(4)]
+    await asyncio.sleep(0)
+    other = [asyncio.create_task(some.run("eu-de-1", lambda: "done", who="b")) for _ in range(1)]
+    assert await other[0] == "done"
+    behind = [asyncio.create_task(some.run("eu-de-1", go.wait, who="b")) for _ in range(2)]
+    await asyncio.wait({crowd[3]}, timeout=60)
+    with pytest.raises(HsmUnavailable, match="too many"):
+        crowd[3].result()
+    go.set()
+    await asyncio.gather(*crowd[:3], *behind)
+
+
+@pytest.mark.anyio
+async def test_heavy_calls_of_a_fast_token_leave_the_event_loop_free() -> None:
+    some, go = calls(fast=True), threading.Event()
+    heavy = [asyncio.create_task(some.run("eu-de-1", go.wait, who="a", heavy=True)) for _ in range(200)]
+    await asyncio.sleep(0)
+    assert await some.run("eu-de-1", threading.get_ident, who="b") == threading.get_ident()
+    other = asyncio.create_task(some.run("eu-de-1", lambda: "turn", who="b", heavy=True))
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.gather(other, *heavy)
+    assert some.waiting("eu-de-1") == 0
+
+
+@pytest.mark.anyio
+async def test_a_call_whose_turn_does_not_come_was_not_executed() -> None:
+    some, go = calls(deadline_s=0.3, threads=1), threading.Event()
+    first = asyncio.create_task(some.run("eu-de-1", go.wait))
+    await asyncio.sleep(0)
+    with pytest.raises(HsmUnavailable):
+        await some.run("eu-de-1", lambda: pytest.fail("its turn never came"))
+    with pytest.raises(HsmTimeout):
+        await first
+    go.set()
+    await until(lambda: some.waiting("eu-de-1") == 0, "the late call still waits")
 
 
 @pytest.mark.anyio

@@ -189,3 +189,25 @@ async def test_W_15_a_flood_of_strangers_is_recorded_up_to_a_rate_and_answered_e
     assert 100 <= recorded <= 450
     await small.node.kms.tell_refusals()
     assert before + recorded < log.next_seq < before + 500
+
+
+@pytest.mark.anyio
+async def test_a_burst_of_heavy_signatures_of_one_tenant_does_not_hold_up_another(lab: Lab) -> None:
+    mine = await new_key(lab, "RSA_4096")
+    theirs, light = [await new_key(lab, spec, tenant="defence") for spec in ("RSA_4096", "AES_256")]
+    message = {"message": "aGk=", "algorithm": "RSA_PSS_SHA_256"}
+    left = 80
+
+    async def sign() -> None:
+        nonlocal left
+        assert (await lab.client("health-eu-de-1").post(f"/v1/keys/{mine}/sign", json=message)).status_code == 200
+        left -= 1
+
+    burst = [asyncio.create_task(sign()) for _ in range(left)]
+    await until(lambda: left < 80, "no signature")
+    other = lab.client("defence-eu-de-1")
+    for path, body in ((f"/v1/keys/{theirs}/sign", message), (f"/v1/keys/{light}/encrypt", {"plaintext": "aGk="})):
+        before = left
+        assert (await other.post(path, json=body)).status_code == 200
+        assert before - left < 35, "it waited for the other tenant's burst"
+    await asyncio.gather(*burst)
