@@ -1,7 +1,8 @@
 """A load generator that costs little: one request over and over on kept TLS connections, in a process of its own.
 
 `python -m bench.load SPEC.json` reads {"host", "port", "ca", "cert", "key", "method", "path", "body", "connections",
-"seconds"} and prints {"done", "seconds", "latencies_ms": {"p50", "p99", "p99.9"}, "failed": {status: count}} as JSON.
+"seconds"}, perhaps "headers", and prints {"done", "seconds", "latencies_ms": {"p50", "p99", "p99.9"},
+"failed": {status: count}} as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import uvloop
 
 END = b"\r\n\r\n"
 LENGTH = b"content-length:"
+CHUNKED = b"transfer-encoding: chunked"
+LAST = b"0\r\n\r\n"  # chunk: nothing is asked for before it, so it is the end of what has come
 
 
 class Connection(asyncio.Protocol):
@@ -50,8 +53,13 @@ class Connection(asyncio.Protocol):
             return
         lower = bytes(self._got[:head]).lower()
         at = lower.find(LENGTH)
-        size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
-        if len(self._got) < head + len(END) + size:
+        if at >= 0:
+            size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
+            if len(self._got) < head + len(END) + size:
+                return
+        elif CHUNKED not in lower:
+            raise SystemExit(f"an answer of unknown length: {lower.decode(errors='replace')}")
+        elif not self._got.endswith(LAST):
             return
         now = time.perf_counter()
         self.latencies.append(now - self._asked)
@@ -78,7 +86,9 @@ async def load(spec: dict[str, Any]) -> dict[str, Any]:
     body = spec["body"].encode()
     request = (
         f"{spec['method']} {spec['path']} HTTP/1.1\r\nHost: {spec['host']}:{spec['port']}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        + "".join(f"{name}: {value}\r\n" for name, value in spec.get("headers", {}).items())
+        + "\r\n"
     ).encode() + body
     loop = asyncio.get_running_loop()
     began = time.perf_counter()
