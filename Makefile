@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-openbao bench-policy bench-propagation bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
+.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-growth bench-keys bench-openbao bench-policy bench-propagation bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -56,6 +56,9 @@ bench: setup
 
 bench-audit: setup ## durable records a second beside bare inserts, on SQLite and PostgreSQL
 	PYTHONPATH=.:tests $(PY) -m bench.audit_writer
+
+bench-growth: setup ## what an encryption costs as keys, tenants, records and connections grow; OPTIONS=--full: to the largest
+	PYTHONPATH=.:tests $(PY) -m bench.growth $(OPTIONS)
 
 bench-keys: setup ## what 100,000 keys cost
 	PYTHONPATH=.:tests $(PY) bench/keys.py

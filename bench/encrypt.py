@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +43,7 @@ class Case:
     body: dict[str, Any]
     items: int = 1
     headers: dict[str, str] = field(default_factory=dict)
+    more_paths: Sequence[str] = ()
 
 
 class Node:
@@ -150,6 +151,7 @@ def measure(case: Case, node: Node, connections: int, *, seconds: float = SECOND
                 "connections": min(connections, ITEMS // case.items),
                 "seconds": seconds,
                 "headers": case.headers,
+                "more_paths": case.more_paths,
             }
         )
     )
