@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-policy bench-propagation bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
+.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-growth bench-keys bench-openbao bench-policy bench-propagation bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -57,8 +57,14 @@ bench: setup
 bench-audit: setup ## durable records a second beside bare inserts, on SQLite and PostgreSQL
 	PYTHONPATH=.:tests $(PY) -m bench.audit_writer
 
+bench-growth: setup ## what an encryption costs as keys, tenants, records and connections grow; OPTIONS=--full: to the largest
+	PYTHONPATH=.:tests $(PY) -m bench.growth $(OPTIONS)
+
 bench-keys: setup ## what 100,000 keys cost
 	PYTHONPATH=.:tests $(PY) bench/keys.py
+
+bench-openbao: setup ## each operation beside OpenBao's Transit engine, in turn; OPTIONS="--rounds 5 --connections 64 --seconds 3"
+	$(PY) -m bench.openbao $(OPTIONS)
 
 bench-policy: setup ## decisions at 10 to 10,000 policies beside cedarpy, and a reload
 	$(PY) -m bench.policy

@@ -1,17 +1,20 @@
 """A load generator that costs little: one request over and over on kept TLS connections, in a process of its own.
 
 `python -m bench.load SPEC.json` reads {"host", "port", "ca", "cert", "key", "method", "path", "body", "connections",
-"seconds"} and prints {"done", "seconds", "latencies_ms": {"p50", "p99", "p99.9"}, "failed": {status: count}} as JSON.
+"seconds"}, perhaps "headers" and "more_paths" (asked in turn with the first), and prints {"done", "seconds",
+"latencies_ms": {"p50", "p99", "p99.9"}, "failed": {status: count}} as JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import ssl
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,15 @@ import uvloop
 
 END = b"\r\n\r\n"
 LENGTH = b"content-length:"
+CHUNKED = b"transfer-encoding: chunked"
+LAST = b"0\r\n\r\n"  # chunk: nothing is asked for before it, so it is the end of what has come
 
 
 class Connection(asyncio.Protocol):
     """One connection that asks again as soon as it has its answer."""
 
-    def __init__(self, request: bytes, until: float, ended: asyncio.Future[None]) -> None:
-        self._request, self._until, self._ended = request, until, ended
+    def __init__(self, requests: Iterator[bytes], until: float, ended: asyncio.Future[None]) -> None:
+        self._requests, self._until, self._ended = requests, until, ended
         self._transport: asyncio.Transport | None = None
         self._got = bytearray()
         self._asked = 0.0
@@ -40,7 +45,7 @@ class Connection(asyncio.Protocol):
     def _ask(self) -> None:
         assert self._transport is not None
         self._asked = time.perf_counter()
-        self._transport.write(self._request)
+        self._transport.write(next(self._requests))
 
     def data_received(self, data: bytes) -> None:
         """Count a whole answer, and ask again."""
@@ -50,8 +55,13 @@ class Connection(asyncio.Protocol):
             return
         lower = bytes(self._got[:head]).lower()
         at = lower.find(LENGTH)
-        size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
-        if len(self._got) < head + len(END) + size:
+        if at >= 0:
+            size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
+            if len(self._got) < head + len(END) + size:
+                return
+        elif CHUNKED not in lower:
+            raise SystemExit(f"an answer of unknown length: {lower.decode(errors='replace')}")
+        elif not self._got.endswith(LAST):
             return
         now = time.perf_counter()
         self.latencies.append(now - self._asked)
@@ -71,15 +81,24 @@ class Connection(asyncio.Protocol):
             self._ended.set_result(None)
 
 
+def request(spec: dict[str, Any], path: str) -> bytes:
+    """The bytes of one request."""
+    body = spec["body"].encode()
+    headers = {
+        "Host": f"{spec['host']}:{spec['port']}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        **spec.get("headers", {}),
+    }
+    lines = [f"{spec['method']} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join(lines).encode() + END + body
+
+
 async def load(spec: dict[str, Any]) -> dict[str, Any]:
     """Ask for as long as the specification says."""
     tls = ssl.create_default_context(cafile=spec["ca"])
     tls.load_cert_chain(spec["cert"], spec["key"])
-    body = spec["body"].encode()
-    request = (
-        f"{spec['method']} {spec['path']} HTTP/1.1\r\nHost: {spec['host']}:{spec['port']}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode() + body
+    requests = itertools.cycle([request(spec, path) for path in [spec["path"], *spec.get("more_paths", ())]])
     loop = asyncio.get_running_loop()
     began = time.perf_counter()
     until = began + spec["seconds"]
@@ -87,7 +106,7 @@ async def load(spec: dict[str, Any]) -> dict[str, Any]:
     for _ in range(spec["connections"]):
         ended: asyncio.Future[None] = loop.create_future()
         _, protocol = await loop.create_connection(
-            lambda ended=ended: Connection(request, until, ended),  # type: ignore[misc] # one for each
+            lambda ended=ended: Connection(requests, until, ended),  # type: ignore[misc] # one for each
             spec["host"],
             spec["port"],
             ssl=tls,
