@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-keys bench-overload bench-policy bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
+.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-growth bench-keys bench-openbao bench-overload bench-policy bench-propagation bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -57,8 +57,14 @@ bench: setup
 bench-audit: setup ## durable records a second beside bare inserts, on SQLite and PostgreSQL
 	PYTHONPATH=.:tests $(PY) -m bench.audit_writer
 
+bench-growth: setup ## what an encryption costs as keys, tenants, records and connections grow; OPTIONS=--full: to the largest
+	PYTHONPATH=.:tests $(PY) -m bench.growth $(OPTIONS)
+
 bench-keys: setup ## what 100,000 keys cost
 	PYTHONPATH=.:tests $(PY) bench/keys.py
+
+bench-openbao: setup ## each operation beside OpenBao's Transit engine, in turn; OPTIONS="--rounds 5 --connections 64 --seconds 3"
+	$(PY) -m bench.openbao $(OPTIONS)
 
 bench-overload: setup ## five times what a worker can do for SECONDS (60), and a neighbour at ten times its share
 	$(PY) -m bench.overload $(or $(SECONDS),60)
@@ -68,6 +74,9 @@ bench-policy: setup ## decisions at 10 to 10,000 policies beside cedarpy, and a 
 
 bench-freeze: setup ## a freeze under load until the last worker obeys, 100 times
 	PYTHONPATH=.:tests $(PY) -m bench.freeze
+
+bench-propagation: setup ## until the last of four workers obeys: disable, enable, revoke, reload; TRIALS each (100)
+	TRIALS=$(or $(TRIALS),100) PYTHONPATH=.:tests $(PY) -m bench.propagation
 
 bench-search: setup ## searches of a log of a million records
 	$(PY) -m bench.search $(RECORDS)

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,8 @@ class Case:
     path: str
     body: dict[str, Any]
     items: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    more_paths: Sequence[str] = ()
 
 
 class Node:
@@ -131,7 +133,7 @@ class Measured:
     p99_ms: float
 
 
-def measure(case: Case, node: Node, connections: int) -> Measured:
+def measure(case: Case, node: Node, connections: int, *, seconds: float = SECONDS) -> Measured:
     """Load one case from a process of its own."""
     who = node.identities["health-eu-de-1"]
     spec = node.directory / "load.json"
@@ -147,7 +149,9 @@ def measure(case: Case, node: Node, connections: int) -> Measured:
                 "path": case.path,
                 "body": json.dumps(case.body),
                 "connections": min(connections, ITEMS // case.items),
-                "seconds": SECONDS,
+                "seconds": seconds,
+                "headers": case.headers,
+                "more_paths": case.more_paths,
             }
         )
     )

@@ -1,19 +1,20 @@
 """A load generator that costs little: one request over and over on kept TLS connections, in a process of its own.
 
 `python -m bench.load SPEC.json` reads {"host", "port", "ca", "cert", "key", "method", "path", "body", "connections",
-"seconds"} and prints {"done", "seconds", "latencies_ms": {"p50", "p99", "p99.9"}, "failed": {status: count}} as JSON. With
-"rate" it asks so often a second whatever the answers (`Crowd`).
+"seconds"}, perhaps "headers" and "more_paths" (asked in turn with the first), and prints {"done", "seconds",
+"latencies_ms": {"p50", "p99", "p99.9"}, "failed": {status: count}} as JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import json
 import ssl
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ import uvloop
 
 END = b"\r\n\r\n"
 LENGTH = b"content-length:"
+CHUNKED = b"transfer-encoding: chunked"
+LAST = b"0\r\n\r\n"  # chunk: nothing is asked for before it, so it is the end of what has come
 
 
 class Connection(asyncio.Protocol):
     """One connection that asks again as soon as it has its answer."""
 
-    def __init__(self, request: bytes, until: float, ended: asyncio.Future[None]) -> None:
-        self._request, self._until, self._ended = request, until, ended
+    def __init__(self, requests: Iterator[bytes], until: float, ended: asyncio.Future[None]) -> None:
+        self._requests, self._until, self._ended = requests, until, ended
         self._transport: asyncio.Transport | None = None
         self._got = bytearray()
         self._asked = 0.0
@@ -42,7 +45,7 @@ class Connection(asyncio.Protocol):
     def _ask(self) -> None:
         assert self._transport is not None
         self._asked = time.perf_counter()
-        self._transport.write(self._request)
+        self._transport.write(next(self._requests))
 
     def data_received(self, data: bytes) -> None:
         """Count a whole answer, and ask again."""
@@ -52,8 +55,13 @@ class Connection(asyncio.Protocol):
             return
         lower = bytes(self._got[:head]).lower()
         at = lower.find(LENGTH)
-        size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
-        if len(self._got) < head + len(END) + size:
+        if at >= 0:
+            size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
+            if len(self._got) < head + len(END) + size:
+                return
+        elif CHUNKED not in lower:
+            raise SystemExit(f"an answer of unknown length: {lower.decode(errors='replace')}")
+        elif not self._got.endswith(LAST):
             return
         now = time.perf_counter()
         self.latencies.append(now - self._asked)
@@ -73,148 +81,24 @@ class Connection(asyncio.Protocol):
             self._ended.set_result(None)
 
 
-class Sender(asyncio.Protocol):
-    """One connection of an open loop: it sends when it is told to, and says when it is free."""
-
-    def __init__(self, crowd: Crowd) -> None:
-        self._crowd, self._transport, self._got = crowd, None, bytearray()
-        self.due = 0.0  # when what it waits for was due
-
-    def connection_made(self, transport: Any) -> None:
-        """Free."""
-        self._transport = transport
-        self._crowd.free.append(self)
-
-    def send(self, request: bytes, due: float) -> None:
-        """Ask for what was due then."""
-        assert self._transport is not None
-        self.due = due
-        self._transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        """Count a whole answer."""
-        self._got += data
-        head = self._got.find(END)
-        if head < 0:
-            return
-        lower = bytes(self._got[:head]).lower()
-        at = lower.find(LENGTH)
-        size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
-        if len(self._got) < head + len(END) + size:
-            return
-        status, body = int(self._got[9:12]), bytes(self._got[head + len(END) :])
-        self._got.clear()
-        self._crowd.answered(self, status, body)
-        if b"connection: close" not in lower:
-            self._crowd.free.append(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Another one takes its place; what it waited for will have no answer."""
-        if self in self._crowd.free:
-            self._crowd.free.remove(self)
-        self._crowd.lost(self)
-
-
-class Crowd:
-    """An open loop: requests are due at a rate, whatever becomes of those before. Refused ones are not tried again.
-
-    One that is due while every connection waits is counted as unsent: a client of so many connections has no way to ask.
-    """
-
-    def __init__(self, spec: dict[str, Any], request: bytes, tls: ssl.SSLContext) -> None:
-        self._spec, self._request, self._tls = spec, request, tls
-        self.free: list[Sender] = []
-        self.due = self.unsent = self.broken = 0
-        self.latencies: list[float] = []
-        self.refusals: list[float] = []
-        self.codes: Counter[str] = Counter()
-        self._waiting: set[Sender] = set()
-        self._opening: set[asyncio.Task[None]] = set()
-        self._over = False
-
-    def answered(self, sender: Sender, status: int, body: bytes) -> None:
-        """An answer: its time counts from when the request was due."""
-        self._waiting.discard(sender)
-        took = time.perf_counter() - sender.due
-        if status == 200:
-            self.latencies.append(took)
-            return
-        self.refusals.append(took)
-        try:
-            problem = json.loads(body)
-            self.codes[f"{status} {problem['code']}" if problem["status"] == status else "untyped"] += 1
-        except (ValueError, KeyError):
-            self.codes["untyped"] += 1
-
-    def lost(self, sender: Sender) -> None:
-        """A connection ended."""
-        if sender in self._waiting:
-            self._waiting.discard(sender)
-            self.broken += 1
-        if not self._over:
-            task = asyncio.create_task(self._open())
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
-
-    async def _open(self) -> None:
-        with contextlib.suppress(OSError):
-            await asyncio.get_running_loop().create_connection(
-                lambda: Sender(self), self._spec["host"], self._spec["port"], ssl=self._tls
-            )
-
-    async def run(self) -> dict[str, Any]:
-        """Send for as long as the specification says; then wait for what is under way."""
-        for _ in range(self._spec["connections"]):
-            await self._open()
-        began, rate = time.perf_counter(), self._spec["rate"]
-        while (now := time.perf_counter()) < began + self._spec["seconds"]:
-            while self.due < (now - began) * rate:
-                due = began + self.due / rate
-                self.due += 1
-                if not self.free:
-                    self.unsent += 1
-                    continue
-                sender = self.free.pop()
-                self._waiting.add(sender)
-                sender.send(self._request, due)
-            await asyncio.sleep(0.001)
-        took, done = time.perf_counter() - began, len(self.latencies)
-        for _ in range(1_500):  # fifteen seconds are more than any limit of the service
-            if not self._waiting:
-                break
-            await asyncio.sleep(0.01)
-        self._over = True
-        return {
-            "done": done,
-            "seconds": took,
-            "due": self.due,
-            "unsent": self.unsent,
-            "refused": dict(self.codes),
-            "broken": self.broken,
-            "hung": len(self._waiting),
-            "latencies_ms": quantiles(self.latencies),
-            "refusals_ms": quantiles(self.refusals),
-        }
-
-
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds at p50, p99 and p99.9; empty of nothing."""
-    ordered = sorted(seconds)
-    shares = (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)) if ordered else ()
-    return {name: round(ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1e3, 2) for name, share in shares}
+def request(spec: dict[str, Any], path: str) -> bytes:
+    """The bytes of one request."""
+    body = spec["body"].encode()
+    headers = {
+        "Host": f"{spec['host']}:{spec['port']}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        **spec.get("headers", {}),
+    }
+    lines = [f"{spec['method']} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join(lines).encode() + END + body
 
 
 async def load(spec: dict[str, Any]) -> dict[str, Any]:
     """Ask for as long as the specification says."""
     tls = ssl.create_default_context(cafile=spec["ca"])
     tls.load_cert_chain(spec["cert"], spec["key"])
-    body = spec["body"].encode()
-    request = (
-        f"{spec['method']} {spec['path']} HTTP/1.1\r\nHost: {spec['host']}:{spec['port']}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode() + body
-    if "rate" in spec:
-        return await Crowd(spec, request, tls).run()
+    requests = itertools.cycle([request(spec, path) for path in [spec["path"], *spec.get("more_paths", ())]])
     loop = asyncio.get_running_loop()
     began = time.perf_counter()
     until = began + spec["seconds"]
@@ -222,7 +106,7 @@ async def load(spec: dict[str, Any]) -> dict[str, Any]:
     for _ in range(spec["connections"]):
         ended: asyncio.Future[None] = loop.create_future()
         _, protocol = await loop.create_connection(
-            lambda ended=ended: Connection(request, until, ended),  # type: ignore[misc] # one for each
+            lambda ended=ended: Connection(requests, until, ended),  # type: ignore[misc] # one for each
             spec["host"],
             spec["port"],
             ssl=tls,
@@ -231,12 +115,15 @@ async def load(spec: dict[str, Any]) -> dict[str, Any]:
         ends.append(ended)
     await asyncio.gather(*ends)
     took = time.perf_counter() - began
-    latencies = [one for c in made for one in c.latencies]
+    latencies = sorted(one for c in made for one in c.latencies)
     statuses = sum((c.statuses for c in made), Counter())
     return {
         "done": statuses.pop(200, 0),
         "seconds": took,
-        "latencies_ms": quantiles(latencies),
+        "latencies_ms": {
+            name: round(latencies[min(len(latencies) - 1, int(len(latencies) * share))] * 1e3, 2)
+            for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
+        },
         "failed": statuses,
     }
 

@@ -60,7 +60,7 @@ class Bench:
             spec["rate"] = rate
         file = self.node.directory / f"{tenant}.json"
         file.write_text(json.dumps(spec))
-        command = [sys.executable, "-m", "bench.load", str(file)]
+        command = [sys.executable, "-m", "bench.load" if rate is None else "bench.crowd", str(file)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
 
     def told(self, load: Any) -> dict[str, Any]:

@@ -27,15 +27,19 @@ SIZES = (10, 100, 1_000, 10_000)
 def bundle(directory: Path, count: int) -> Path:
     """The shipped charter with `count` further policies in 20 tenants' files, every tenth of them a forbid."""
     shutil.copytree(SHIPPED, directory)
+    add_tenants(directory, 20, rules=max(1, count // 20))
+    return directory
+
+
+def add_tenants(directory: Path, count: int, *, rules: int) -> None:
+    """Put further tenants into a bundle, each with so many policies."""
     about = yaml.safe_load((directory / "charter.yaml").read_text())
-    for tenant in (f"t{n}" for n in range(20)):
+    for tenant in (f"t{n}" for n in range(count)):
         about["tenants"][tenant] = {"home": "DE", "default_reason": "customer-initiated"}
         folder = directory / "tenants" / tenant
         folder.mkdir()
-        rules = "".join(rule(tenant, n) for n in range(max(1, count // 20)))
-        (folder / "00-roles.cedar").write_text(rules)
+        (folder / "00-roles.cedar").write_text("".join(rule(tenant, n) for n in range(rules)))
     (directory / "charter.yaml").write_text(yaml.safe_dump(about))
-    return directory
 
 
 def rule(tenant: str, number: int) -> str:

@@ -164,7 +164,7 @@ _WITNESS_REFUSALS: Final = {
     503: (ERROR, "witness_busy"),
 }
 UNKNOWN: Final = (
-    50  # requests of unknown callers that are recorded one by one, a second and source; four times it of all
+    50  # requests of unknown callers recorded one by one: a second and source; of all sources, four times that
 )
 _TOO_MANY: Final = frozenset({"rate_limited", "overloaded"})  # refusals that cost less than what they refuse
 # Signatures that take SoftHSM 0.9 to 6 ms; P-256 takes 0.1.

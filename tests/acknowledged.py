@@ -6,6 +6,7 @@ import base64
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,15 +33,24 @@ class History:
             self.receipts.append(answer.headers["audit-receipt"])
 
 
+BACK_S = 30.0  # for a worker that has not been asked since its HSM or database was away
+
+
 def check(files: Files, history: History) -> None:
     """Everything acknowledged opens; everything receipted is in a log that verifies."""
+    deadline = time.monotonic() + BACK_S
     with httpx.Client(base_url=files.url, verify=tls_of(files, "health-eu-de-1"), timeout=30) as client:
         for at in range(0, len(history.acknowledged), 500):
             part = history.acknowledged[at : at + 500]
             body = {"items": [{"ciphertext": c} for c, _ in part]}
-            answer = client.post("/v1/batch/decrypt", json=body)
-            assert answer.status_code == 200, answer.text
-            for (_, data), result in zip(part, answer.json()["results"], strict=True):
+            while True:
+                answer = client.post("/v1/batch/decrypt", json=body)
+                assert answer.status_code == 200, answer.text
+                results = answer.json()["results"]
+                if all(result["status"] != 503 for result in results) or time.monotonic() > deadline:
+                    break
+                time.sleep(0.5)
+            for (_, data), result in zip(part, results, strict=True):
                 assert result["status"] == 200, result
                 assert base64.b64decode(result["result"]["plaintext"]) == data
     engine = open_engine(files.config.database.url)
@@ -63,7 +73,7 @@ def check_receipts(files: Files, history: History, directory: Path) -> None:
     verdict = subprocess.run(
         [
             *(sys.executable, "-m", "audit.verify", str(export), "--trust", str(export / "trust.txt")),
-            *("--receipts", str(receipts)),
+            *("--receipts", str(receipts), "--accept-unanchored"),  # a chain without a request may have no receipt
         ],
         capture_output=True,
         cwd=ROOT,

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from straced import straced
 
 
 @contextlib.contextmanager
 def injected(pid: int, calls: str, fault: str) -> Iterator[None]:
     """For the block, system calls of a process end as `fault` says (strace's `inject=`)."""
-    strace = shutil.which("strace")
-    if strace is None:
-        pytest.skip("strace is not installed: run `make setup`")
-    command = [strace, "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:{fault}"]
-    tracer = subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE)
-    assert tracer.stderr is not None
-    try:
-        deadline = time.monotonic() + 60
-        while f"TracerPid:\t{tracer.pid}\n" not in Path(f"/proc/{pid}/status").read_text():
-            if tracer.poll() is not None:
-                pytest.skip(f"strace cannot attach here: {tracer.stderr.read().decode()}")
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with straced(pid, calls, "-e", f"inject={calls}:{fault}"):
         yield
-    finally:
-        tracer.terminate()
-        tracer.wait(60)
-        tracer.stderr.close()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"`
 COMMAND = re.compile(r"(?:^|[ /])skms (?=[a-z])")
 # Names of commands in running text: `skms audit recover` says which, not how.
 NAMED = {"skms hsm join", "skms hsm verify-backup", "skms audit recover", "skms policy check", "skms config check"}
-NAMED |= {"skms doctor", "skms key rotate"}
+NAMED |= {"skms doctor", "skms key rotate", "skms db migrate", "skms db check", "skms backup restore"}
 
 
 def shown() -> list[str]:

@@ -315,33 +315,31 @@ def test_R1_R2_R10_what_breaks_takes_no_acknowledged_answer_with_it(site: Site) 
     ]
     for thread in threads:
         thread.start()
-    report = []
+    report, longest = list[str](), 0.0
     try:
         time.sleep(SECONDS)
-        steady, loaded = len(work.history.receipts), time.monotonic()
-        report.append(f"| none | {SECONDS:.0f} s | {steady:,} encryptions | |")
+        steady = len(work.history.receipts)
+        report.append(f"| none | {SECONDS:.0f} s | {steady:,} | {work.longest:.1f} s | |")
         assert not work.refused, work.refused
         for name, fault in faults(site, chooser).items():
             before, told = work.refused.copy(), len(work.history.receipts)
-            begun = time.monotonic()
+            longest, work.longest, begun = max(longest, work.longest), 0.0, time.monotonic()
             with fault():
                 time.sleep(LASTS_S)
             lasted = time.monotonic() - begun
             back = max(answers(node, BACK_S) for node in site.nodes)
             time.sleep(1.0)
             refused = ", ".join(f"{n} {code}" for code, n in (work.refused - before).items()) or "none"
-            report.append(
-                f"| {name} | {lasted:.1f} s | {len(work.history.receipts) - told:,}; {refused} | {back:.1f} s |"
-            )
-        assert time.monotonic() > loaded
+            done = f"{len(work.history.receipts) - told:,}; {refused}"
+            report.append(f"| {name} | {lasted:.1f} s | {done} | {work.longest:.1f} s | {back:.1f} s |")
     finally:
         work.over.set()
         for thread in threads:
             thread.join(60)
-    print("\n| fault | lasted | encryptions; refusals | both nodes answered again after |\n|---|---|---|---|")
-    print("\n".join(report), f"\nlongest answer {work.longest:.1f} s, {len(work.history.receipts):,} encryptions")
+    print("\n| fault | lasted | encryptions; refusals | longest answer | both nodes answered again after |")
+    print("|---|---|---|---|---|", *report, f"{len(work.history.receipts):,} encryptions in all", sep="\n")
     assert not any(thread.is_alive() for thread in threads), "a request hangs"
     assert not work.wrong, work.wrong[:3]
-    assert work.longest < ANSWER_S
+    assert max(longest, work.longest) < ANSWER_S
     check(site.nodes[0].files, work.history)
     check_receipts(site.nodes[1].files, work.history, site.directory)

@@ -23,7 +23,7 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
         yield made
 
 
-def heard(manager: socket.socket, wanted: str, *, seconds: float = 60) -> list[str]:
+def heard(manager: socket.socket, wanted: str, *, seconds: float = 180) -> list[str]:
     """What is heard up to a message."""
     found, deadline = list[str](), time.monotonic() + seconds
     while wanted not in found:
