@@ -142,6 +142,7 @@ def measure(case: Case, node: Node, connections: int, *, seconds: float = SECOND
             {
                 "host": "127.0.0.1",
                 "port": case.port,
+                "pid": case.worker.pid,
                 "ca": node.ca,
                 "cert": who["cert_file"],
                 "key": who["key_file"],
@@ -155,13 +156,12 @@ def measure(case: Case, node: Node, connections: int, *, seconds: float = SECOND
             }
         )
     )
-    before = sum(case.worker.cpu_times()[:2])
     ran = subprocess.run([sys.executable, "-m", "bench.load", str(spec)], capture_output=True, check=True, cwd=ROOT)
-    cpu, told = sum(case.worker.cpu_times()[:2]) - before, json.loads(ran.stdout)
+    told = json.loads(ran.stdout)
     if told["failed"]:
         raise SystemExit(f"{case.name}: {told['failed']}")
     done, latencies = told["done"] * case.items, told["latencies_ms"]
-    return Measured(done / told["seconds"], cpu / done * 1e6, latencies["p50"], latencies["p99"])
+    return Measured(done / told["seconds"], told["cpu_seconds"] / done * 1e6, latencies["p50"], latencies["p99"])
 
 
 def main() -> int:
