@@ -51,7 +51,7 @@ lint: setup
 	.venv/bin/lint-imports
 
 bench: setup
-	$(PY) bench/parts.py
+	$(PY) -m bench.parts
 	$(PY) -m bench.encrypt
 
 bench-audit: setup ## durable records a second beside bare inserts, on SQLite and PostgreSQL
@@ -61,7 +61,7 @@ bench-growth: setup ## what an encryption costs as keys, tenants, records and co
 	PYTHONPATH=.:tests $(PY) -m bench.growth $(OPTIONS)
 
 bench-keys: setup ## what 100,000 keys cost
-	PYTHONPATH=.:tests $(PY) bench/keys.py
+	PYTHONPATH=.:tests $(PY) -m bench.keys
 
 bench-openbao: setup ## each operation beside OpenBao's Transit engine, in turn; OPTIONS="--rounds 5 --connections 64 --seconds 3"
 	$(PY) -m bench.openbao $(OPTIONS)
