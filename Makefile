@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-growth bench-keys bench-openbao bench-overload bench-policy bench-propagation bench-search bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
+.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-growth bench-keys bench-openbao bench-overload bench-policy bench-propagation bench-search bench-shares bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -51,7 +51,7 @@ lint: setup
 	.venv/bin/lint-imports
 
 bench: setup
-	$(PY) bench/parts.py
+	$(PY) -m bench.parts
 	$(PY) -m bench.encrypt
 
 bench-audit: setup ## durable records a second beside bare inserts, on SQLite and PostgreSQL
@@ -61,7 +61,7 @@ bench-growth: setup ## what an encryption costs as keys, tenants, records and co
 	PYTHONPATH=.:tests $(PY) -m bench.growth $(OPTIONS)
 
 bench-keys: setup ## what 100,000 keys cost
-	PYTHONPATH=.:tests $(PY) bench/keys.py
+	PYTHONPATH=.:tests $(PY) -m bench.keys
 
 bench-openbao: setup ## each operation beside OpenBao's Transit engine, in turn; OPTIONS="--rounds 5 --connections 64 --seconds 3"
 	$(PY) -m bench.openbao $(OPTIONS)
@@ -80,6 +80,10 @@ bench-propagation: setup ## until the last of four workers obeys: disable, enabl
 
 bench-search: setup ## searches of a log of a million records
 	$(PY) -m bench.search $(RECORDS)
+
+bench-shares: setup ## where a worker's processor time goes, single requests and batches
+	PYTHONPATH=.:tests $(PY) -m bench.shares encrypt
+	PYTHONPATH=.:tests $(PY) -m bench.shares batch
 
 charter-edits: setup ## every small edit of the shipped charter: a case or a proof must notice each wrong one
 	CHARTER_EDITS_EVERY=1 $(PY) -m pytest -q -s tests/policy/test_charter_edits.py

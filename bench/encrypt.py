@@ -1,6 +1,6 @@
 """Single operations through REST, mTLS, policy, HSM and durable audit, beside an empty FastAPI route of the same server.
 
-`python -m bench.encrypt [ROUNDS] [CONNECTIONS]` prints rates, latencies and CPU of the serving process, as medians of
+`python -m bench.encrypt [ROUNDS] [CONNECTIONS] [SECONDS]` prints rates, latencies and CPU of the serving process, as medians of
 interleaved rounds, and ratios to the empty route. The client is a process of its own on the same machine.
 """
 
@@ -142,6 +142,7 @@ def measure(case: Case, node: Node, connections: int, *, seconds: float = SECOND
             {
                 "host": "127.0.0.1",
                 "port": case.port,
+                "pid": case.worker.pid,
                 "ca": node.ca,
                 "cert": who["cert_file"],
                 "key": who["key_file"],
@@ -155,18 +156,17 @@ def measure(case: Case, node: Node, connections: int, *, seconds: float = SECOND
             }
         )
     )
-    before = sum(case.worker.cpu_times()[:2])
     ran = subprocess.run([sys.executable, "-m", "bench.load", str(spec)], capture_output=True, check=True, cwd=ROOT)
-    cpu, told = sum(case.worker.cpu_times()[:2]) - before, json.loads(ran.stdout)
+    told = json.loads(ran.stdout)
     if told["failed"]:
         raise SystemExit(f"{case.name}: {told['failed']}")
     done, latencies = told["done"] * case.items, told["latencies_ms"]
-    return Measured(done / told["seconds"], cpu / done * 1e6, latencies["p50"], latencies["p99"])
+    return Measured(done / told["seconds"], told["cpu_seconds"] / done * 1e6, latencies["p50"], latencies["p99"])
 
 
 def main() -> int:
     """Start a node and the empty route, measure, stop them."""
-    rounds, connections = (int(a) for a in (*sys.argv[1:], *("5", "64")[len(sys.argv) - 1 :]))
+    rounds, connections, seconds = (float(a) for a in (*sys.argv[1:], *("5", "64", f"{SECONDS}")[len(sys.argv) - 1 :]))
     with (
         tempfile.TemporaryDirectory() as made,
         running(Path(made)) as node,
@@ -174,10 +174,12 @@ def main() -> int:
     ):
         cases = node.cases(noop)
         found: dict[str, list[Measured]] = {case.name: [] for case in cases}
-        for _ in range(rounds):  # interleaved, so that a noisy minute hits all
+        for _ in range(int(rounds)):  # interleaved, so that a noisy minute hits all
             for case in cases:
-                found[case.name].append(measure(case, node, connections))
-    print(f"{connections} connections, medians of {rounds} rounds; ratios to the empty route of the same round")
+                found[case.name].append(measure(case, node, int(connections), seconds=seconds))
+    print(
+        f"{connections:.0f} connections, medians of {rounds:.0f} rounds of {seconds:.0f} s; ratios to the empty route"
+    )
     print(f"{'':26} {'items/s':>9} {'rate':>7} {'CPU us':>8} {'CPU':>7} {'p50 ms':>8} {'p99 ms':>8}")
     base = found[cases[0].name]
     for name, all_rounds in found.items():

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,7 +32,8 @@ from service.database import open_engine
 from service.dev import prepare
 
 ASKED: Final = {"plaintext": PLAIN, "context": CONTEXT}
-DIFFERENT: Final = 20_000  # keys that are asked for in turn, where each request is for another
+IN_TURN: Final = 900  # keys, asked for one after the other: more than a token keeps unwrapped
+FRESH: Final = 9_000  # keys, each asked for once
 RULES: Final = 10  # policies of each tenant
 GROUP: Final = 512
 
@@ -49,7 +50,7 @@ async def _keys(directory: Path, count: int) -> None:
         engine = open_engine(files.config.database.url)
         ids = await asyncio.to_thread(fill, engine, store.find("health", name), store._hsm("eu-de-1"), count - 1)
         engine.dispose()
-    (directory / "keys.json").write_text(json.dumps([str(i) for i in ids[:DIFFERENT]]))
+    (directory / "keys.json").write_text(json.dumps([str(i) for i in ids[: IN_TURN + FRESH]]))
 
 
 async def _records(directory: Path, count: int) -> None:
@@ -134,19 +135,47 @@ def grown(what: str, sizes: Sequence[int], asked: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "bench.growth", "make", what, str(size), str(place / "node")]
             subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
             nodes[f"{size:,}"] = stack.enter_context(running(place))
-        ways: dict[str, Callable[[Node], list[str]]] = {"one key": lambda node: [_path(node)]}
+        _turns(what, "one key", {size: [[_path(node)]] for size, node in nodes.items()}, nodes, asked)
         if what == "keys":
-            ways["each request another key"] = lambda node: [
-                f"/v1/keys/{key}/encrypt" for key in json.loads((node.directory / "keys.json").read_text())
-            ]
-        for way, paths in ways.items():
-            cases = {size: _case(node, paths(node)) for size, node in nodes.items()}
-            rounds: dict[str, list[Measured]] = {size: [] for size in nodes}
-            for _ in range(asked.rounds):
-                for size, node in nodes.items():
-                    rounds[size].append(measure(cases[size], node, asked.connections, seconds=asked.seconds))
-            memory = {size: node.worker.memory_info().rss / 2**20 for size, node in nodes.items()}
-            Curve(f"{what}, {way}, {asked.connections} connections", rounds, memory).show()
+            ids = {size: json.loads((node.directory / "keys.json").read_text()) for size, node in nodes.items()}
+            for size, node in nodes.items():
+                _used(node, ids[size][:IN_TURN])
+            _turns(
+                what,
+                f"{IN_TURN} in turn",
+                {size: [_paths(these[:IN_TURN])] for size, these in ids.items()},
+                nodes,
+                asked,
+            )
+            fresh = {size: these[IN_TURN:] for size, these in ids.items() if len(these) == IN_TURN + FRESH}
+            each = FRESH // asked.rounds
+            slices = {s: [_paths(t[n * each :][:each]) for n in range(asked.rounds)] for s, t in fresh.items()}
+            _turns(what, "the first use of each", slices, nodes, asked)
+
+
+def _turns(
+    what: str, way: str, paths: Mapping[str, list[list[str]]], nodes: Mapping[str, Node], asked: argparse.Namespace
+) -> None:
+    """Ask nodes in turn; each has paths for every round, or those of a round of its own."""
+    rounds: dict[str, list[Measured]] = {size: [] for size in paths}
+    for turn in range(asked.rounds):
+        for size, its in paths.items():
+            case = _case(nodes[size], its[turn % len(its)])
+            rounds[size].append(measure(case, nodes[size], asked.connections, seconds=asked.seconds))
+    memory = {size: nodes[size].worker.memory_info().rss / 2**20 for size in paths}
+    Curve(f"{what}, {way}, {asked.connections} connections", rounds, memory).show()
+
+
+def _paths(keys: Sequence[str]) -> list[str]:
+    return [f"/v1/keys/{key}/encrypt" for key in keys]
+
+
+def _used(node: Node, keys: Sequence[str]) -> None:
+    """Use each key once."""
+    with node.client("health-eu-de-1") as workload:
+        for at in range(0, len(keys), 300):
+            items = [{"key": key, **ASKED} for key in keys[at : at + 300]]
+            workload.post("/v1/batch/encrypt", json={"items": items}).raise_for_status()
 
 
 def connected(counts: Sequence[int], asked: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """What the number of keys costs: time until a node is ready, a cold key, a warm key, memory.
 
-`make bench-keys` (`PYTHONPATH=.:tests .venv/bin/python bench/keys.py [KEYS]`) fills a development node with copies of one
+`make bench-keys` (`PYTHONPATH=.:tests python -m bench.keys [KEYS]`) fills a development node with copies of one
 key, 100,000 unless said otherwise, and compares it with itself when it held ten. Ratios are against the same run.
 """
 

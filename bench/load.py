@@ -1,8 +1,9 @@
 """A load generator that costs little: one request over and over on kept TLS connections, in a process of its own.
 
-`python -m bench.load SPEC.json` reads {"host", "port", "ca", "cert", "key", "method", "path", "body", "connections",
-"seconds"}, perhaps "headers" and "more_paths" (asked in turn with the first), and prints {"done", "seconds",
-"latencies_ms": {"p50", "p99", "p99.9"}, "failed": {status: count}} as JSON.
+`python -m bench.load SPEC.json` reads {"host", "port", "pid", "ca", "cert", "key", "method", "path", "body",
+"connections", "seconds"}, perhaps "headers" and "more_paths" (asked in turn with the first), and prints {"done",
+"seconds", "cpu_seconds" of the server's process, "latencies_ms": {"p50", "p99", "p99.9"}, "failed": {status: count}} as
+JSON. It begins to measure when all its connections are made.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvloop
 
 END = b"\r\n\r\n"
@@ -29,8 +31,8 @@ LAST = b"0\r\n\r\n"  # chunk: nothing is asked for before it, so it is the end o
 class Connection(asyncio.Protocol):
     """One connection that asks again as soon as it has its answer."""
 
-    def __init__(self, requests: Iterator[bytes], until: float, ended: asyncio.Future[None]) -> None:
-        self._requests, self._until, self._ended = requests, until, ended
+    def __init__(self, requests: Iterator[bytes], ended: asyncio.Future[None]) -> None:
+        self._requests, self._until, self._ended = requests, 0.0, ended
         self._transport: asyncio.Transport | None = None
         self._got = bytearray()
         self._asked = 0.0
@@ -38,8 +40,12 @@ class Connection(asyncio.Protocol):
         self.statuses: Counter[int] = Counter()
 
     def connection_made(self, transport: Any) -> None:
-        """Ask for the first time."""
+        """It is there; it asks when all are."""
         self._transport = transport
+
+    def begin(self, until: float) -> None:
+        """Ask for the first time."""
+        self._until = until
         self._ask()
 
     def _ask(self) -> None:
@@ -100,26 +106,29 @@ async def load(spec: dict[str, Any]) -> dict[str, Any]:
     tls.load_cert_chain(spec["cert"], spec["key"])
     requests = itertools.cycle([request(spec, path) for path in [spec["path"], *spec.get("more_paths", ())]])
     loop = asyncio.get_running_loop()
-    began = time.perf_counter()
-    until = began + spec["seconds"]
     made, ends = [], []
     for _ in range(spec["connections"]):
         ended: asyncio.Future[None] = loop.create_future()
         _, protocol = await loop.create_connection(
-            lambda ended=ended: Connection(requests, until, ended),  # type: ignore[misc] # one for each
+            lambda ended=ended: Connection(requests, ended),  # type: ignore[misc] # one for each
             spec["host"],
             spec["port"],
             ssl=tls,
         )
         made.append(protocol)
         ends.append(ended)
+    server = psutil.Process(spec["pid"])
+    used, began = sum(server.cpu_times()[:2]), time.perf_counter()
+    for connection in made:  # the handshakes are over, and not measured
+        connection.begin(began + spec["seconds"])
     await asyncio.gather(*ends)
-    took = time.perf_counter() - began
+    took, used = time.perf_counter() - began, sum(server.cpu_times()[:2]) - used
     latencies = sorted(one for c in made for one in c.latencies)
     statuses = sum((c.statuses for c in made), Counter())
     return {
         "done": statuses.pop(200, 0),
         "seconds": took,
+        "cpu_seconds": used,
         "latencies_ms": {
             name: round(latencies[min(len(latencies) - 1, int(len(latencies) * share))] * 1e3, 2)
             for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))

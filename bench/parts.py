@@ -1,6 +1,6 @@
 """The parts of a request alone: HSM derivation, policy decision, durable record, verification.
 
-Run it on a quiet machine: `.venv/bin/python bench/parts.py`. Ratios are against the first line of the same run.
+Run it on a quiet machine: `python -m bench.parts`. Ratios are against the first line of the same run.
 """
 
 from __future__ import annotations
