@@ -135,10 +135,10 @@ URGENT: Final = frozenset(
         "metrics",
     }
 )
-# Refusals that a caller can have as often as it likes: beyond so many a second, of a tenant or address, they come late.
-PACED: Final = frozenset({"unauthenticated", "rate_limited", "overloaded"})
+# Refusals that a caller can have as often as it likes: beyond so many a second, of a tenant or address, they come late, by
+# so many seconds at the most. Under overload the others are to blame as well.
 PACE: Final = 100.0
-PACE_S: Final = 2.0
+PACED: Final = {"unauthenticated": 5.0, "rate_limited": 5.0, "overloaded": 2.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1658,8 +1658,8 @@ class Native:
             if place is not None and not isinstance(answer.body, AsyncIterator):
                 self.turns.leave(place)  # a reader that is slow keeps nobody waiting
                 place = None
-            if isinstance(answer, Problem) and answer.body["code"] in PACED:
-                await self._paced(ask.caller.tenant or source)
+            if isinstance(answer, Problem) and (most := PACED.get(answer.body["code"])):
+                await self._paced(ask.caller.tenant or source, most)
             await self._send(send, ask, answer)
         finally:
             if place is not None:
@@ -1691,9 +1691,9 @@ class Native:
         allowed |= {other.method for other, pattern in self._patterns if pattern.fullmatch(path)}
         return None, {}, tuple(sorted(allowed))
 
-    async def _paced(self, who: str) -> None:
+    async def _paced(self, who: str, most: float) -> None:
         """Hold back the answer to one of a flood of refusals: a connection that waits for it sends nothing meanwhile."""
-        if late := self._refused.late(who, most=PACE_S):
+        if late := self._refused.late(who, most=most):
             await asyncio.sleep(late)
 
     def _urgent(self, ask: Ask, route: Route) -> bool:
