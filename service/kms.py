@@ -1337,9 +1337,11 @@ class Kms:
         entry.refused, ask.decision_id = (out, why), entry.id
         await self._append(entry, None)
 
-    async def unidentified(self, *, source: str, request_id: str, arrived: int, why: str) -> Receipt | None:
-        """Record a request whose caller or route is unknown; None if it is one of a flood, and only counted."""
-        if self.log.state == "RUNNING" and self._unknown.only_counted(source, why):
+    async def unidentified(
+        self, *, source: str, request_id: str, arrived: int, why: str, stranger: bool
+    ) -> Receipt | None:
+        """Record a request whose caller or route is unknown; None if it is one of a flood of strangers, and only counted."""
+        if stranger and self.log.state == "RUNNING" and self._unknown.only_counted(source, why):
             return None
         record = event.Auth(
             id=uuid4(),

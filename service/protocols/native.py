@@ -1797,7 +1797,11 @@ class Native:
                 if route is None or ask.caller is ANONYMOUS:
                     why = error.reason if isinstance(error, Unidentified) else code
                     ask.receipt = await self.kms.unidentified(
-                        source=source, request_id=ask.request_id, arrived=ask.arrived, why=why
+                        source=source,
+                        request_id=ask.request_id,
+                        arrived=ask.arrived,
+                        why=why,
+                        stranger=ask.caller is ANONYMOUS,
                     )
                     ask.counted = ask.receipt is None
                 else:

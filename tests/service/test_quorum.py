@@ -271,6 +271,7 @@ async def test_nations_approve_together_and_a_person_fills_one_place(quorum_file
         assert await signed("alice") == ("open", ["nation:DE", "nation:FR"], 3)
         assert await signed("erin") == ("open", ["nation:DE"], 3)  # alice is Germany's now
         assert await signed("bob") == ("executed", [], 3)
+        await thawed(lab, key)
 
         operator = lab.client("health-operator")
         headers = fresh() | {"If-Match": (await operator.get(f"/v1/keys/{key}")).headers["etag"]}
