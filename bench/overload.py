@@ -47,6 +47,7 @@ class Bench:
         spec = {
             "host": "127.0.0.1",
             "port": self.node.url.port,
+            "pid": self.node.worker.pid,
             "ca": self.node.ca,
             "cert": who["cert_file"],
             "key": who["key_file"],
