@@ -17,7 +17,7 @@ crash: setup ## 1,000 kills under load, then one at each of 200 steps of a write
 	KILL_STEPS=200 $(PY) -m pytest -q tests/audit/test_kills.py
 
 nodes: setup ## eight workers on two nodes over one PostgreSQL at full load for SECONDS (600), then every fault
-	NODES_FAULTS=all NODES_SECONDS=$(or $(SECONDS),600) NODES_WORKERS=4 NODES_THREADS=8 $(PY) -m pytest -q -s tests/end_to_end/test_nodes.py
+	NODES_SECONDS=$(or $(SECONDS),600) NODES_WORKERS=4 NODES_THREADS=8 $(PY) -m pytest -q -s tests/end_to_end/test_nodes.py
 
 test-postgres: setup ## the whole suite over PostgreSQL, nodes under a role that owns nothing
 	SKMS_TEST_DATABASE=postgresql $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not alone"
