@@ -18,7 +18,7 @@ from typing import Any
 
 import uvloop
 
-from bench.load import END, LENGTH
+from bench.load import whole
 
 
 class Sender(asyncio.Protocol):
@@ -42,18 +42,12 @@ class Sender(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Count a whole answer."""
         self._got += data
-        head = self._got.find(END)
-        if head < 0:
+        answer = whole(self._got)
+        if answer is None:
             return
-        lower = bytes(self._got[:head]).lower()
-        at = lower.find(LENGTH)
-        size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
-        if len(self._got) < head + len(END) + size:
-            return
-        status, body = int(self._got[9:12]), bytes(self._got[head + len(END) :])
-        self._got.clear()
+        status, head, body = answer
         self._crowd.answered(self, status, body)
-        if b"connection: close" not in lower:
+        if b"connection: close" not in head:
             self._crowd.free.append(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import statistics
-import sys
-import tempfile
 import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 
-from harness import Files, prepared, start, stop, tls_of
+from bench.workers import client_of, on_a_node, show
+from harness import Files
 
 WORKERS = int(os.environ.get("WORKERS", "4"))
 RATE = int(os.environ.get("RATE", "500"))
@@ -40,12 +37,6 @@ class Load:
     took: list[float] = field(default_factory=list)
     released: list[float] = field(default_factory=list)  # when each success was in the client's hands
     statuses: Counter[int] = field(default_factory=Counter)
-
-
-def client_of(files: Files, name: str) -> httpx.AsyncClient:
-    """One connection as one of the node's identities."""
-    limits = httpx.Limits(max_connections=1)
-    return httpx.AsyncClient(base_url=files.url, verify=tls_of(files, name), timeout=10, limits=limits)
 
 
 async def use(client: httpx.AsyncClient, load: Load, going: asyncio.Event, at: float) -> None:
@@ -107,27 +98,10 @@ async def run(files: Files) -> None:
         f"{TRIALS} freezes, {WORKERS} workers, {sum(load.sent for load in loads) / lasted:.0f} requests/s "
         f"({', '.join(f'{n} x {status}' for status, n in sorted(statuses.items()))})\n"
     )
-    base = statistics.median(took)
-    print("| seconds | p50 | p99 | max | p50, of an encryption |\n|---|---|---|---|---|")
     rows = {"an encryption": took, "contained, as the service says": told, "contained, as the officer sees": seen}
-    for name, values in rows.items():
-        values.sort()
-        p50, p99 = statistics.median(values), values[min(len(values) - 1, int(len(values) * 0.99))]
-        print(f"| {name} | {p50:.4f} | {p99:.4f} | {values[-1]:.4f} | {p50 / base:.1f} |")
+    show(rows, base="an encryption")
     print(f"\nreleases after the freeze was answered as contained: {late}")
 
 
-def main() -> int:
-    """Start a node, measure, stop it."""
-    with tempfile.TemporaryDirectory() as made:
-        directory = Path(made) / "node"
-        node = start(directory, "--workers", str(WORKERS))
-        try:
-            asyncio.run(run(prepared(directory)))
-        finally:
-            stop(node.process)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    on_a_node(run, workers=WORKERS)

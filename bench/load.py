@@ -28,6 +28,24 @@ CHUNKED = b"transfer-encoding: chunked"
 LAST = b"0\r\n\r\n"  # chunk: nothing is asked for before it, so it is the end of what has come
 
 
+def whole(got: bytearray) -> tuple[int, bytes, bytes] | None:
+    """(status, head in lower case, body) once an answer has come whole; it is taken out. A chunked body stays as it is."""
+    end = got.find(END)
+    if end < 0:
+        return None
+    head, body = bytes(got[:end]).lower(), bytes(got[end + len(END) :])
+    at = head.find(LENGTH)
+    if at >= 0:
+        if len(body) < int(head[at + len(LENGTH) :].split(b"\r\n", 1)[0]):
+            return None
+    elif CHUNKED not in head:
+        raise SystemExit(f"an answer of unknown length: {head.decode(errors='replace')}")
+    elif not got.endswith(LAST):
+        return None
+    got.clear()
+    return int(head[9:12]), head, body
+
+
 class Connection(asyncio.Protocol):
     """One connection that asks again as soon as it has its answer."""
 
@@ -56,23 +74,12 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Count a whole answer, and ask again."""
         self._got += data
-        head = self._got.find(END)
-        if head < 0:
-            return
-        lower = bytes(self._got[:head]).lower()
-        at = lower.find(LENGTH)
-        if at >= 0:
-            size = int(lower[at + len(LENGTH) :].split(b"\r\n", 1)[0])
-            if len(self._got) < head + len(END) + size:
-                return
-        elif CHUNKED not in lower:
-            raise SystemExit(f"an answer of unknown length: {lower.decode(errors='replace')}")
-        elif not self._got.endswith(LAST):
+        answer = whole(self._got)
+        if answer is None:
             return
         now = time.perf_counter()
         self.latencies.append(now - self._asked)
-        self.statuses[int(self._got[9:12])] += 1
-        self._got.clear()
+        self.statuses[answer[0]] += 1
         if now >= self._until:
             assert self._transport is not None
             self._transport.close()

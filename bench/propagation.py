@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-import statistics
-import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from harness import Files, prepared, start, stop, tls_of
+from bench.workers import client_of, on_a_node, show
+from harness import Files
 
 WORKERS = int(os.environ.get("WORKERS", "4"))
 TRIALS = int(os.environ.get("TRIALS", "100"))
 LIMIT_S = 10.0
+BASE = "an encryption"
 STOP = (
     '\n@id("health.bench") @layer("tenant") @code("BENCH") @disclose("code")\n'
     'forbid (principal, action == Action::"mac", resource in Tenant::"health");\n'
 )
-
-
-def client_of(files: Files, name: str | None) -> httpx.AsyncClient:
-    """One connection, as one of the node's identities or as nobody."""
-    limits = httpx.Limits(max_connections=1)
-    return httpx.AsyncClient(base_url=files.url, verify=tls_of(files, name), timeout=30, limits=limits)
 
 
 async def one_each(
@@ -56,16 +50,14 @@ async def one_each(
     raise SystemExit(f"of {WORKERS} workers only {len(found)} took a connection")
 
 
-async def until(
-    clients: Sequence[httpx.AsyncClient], ask: Callable[[httpx.AsyncClient], Awaitable[bool]], what: str
-) -> None:
-    """Until every worker answers so."""
+async def until(clients: Sequence[httpx.AsyncClient], ask: httpx.Request, status: int, what: str) -> None:
+    """Until every worker answers this request with this status: any other, a 503 too, is not yet what was wanted."""
 
     async def one(client: httpx.AsyncClient) -> None:
         deadline = time.monotonic() + LIMIT_S
-        while not await ask(client):
+        while (found := (await client.send(ask)).status_code) != status:
             if time.monotonic() > deadline:
-                raise SystemExit(f"{what}: a worker did not follow within {LIMIT_S:.0f} s")
+                raise SystemExit(f"{what}: a worker still answers {found} after {LIMIT_S:.0f} s")
 
     await asyncio.gather(*map(one, clients))
 
@@ -80,94 +72,74 @@ def rise(directory: Path, *, stopped: bool) -> None:
     rules.write_text(rules.read_text().replace(STOP, "") + (STOP if stopped else ""))
 
 
+class Trials:
+    """The connections, and what took how long."""
+
+    def __init__(self, operator: httpx.AsyncClient, platform: httpx.AsyncClient, bundle: Path) -> None:
+        self.operator, self.platform, self._bundle = operator, platform, bundle
+        self.workers: list[httpx.AsyncClient] = []  # one each, as a workload
+        self.bare: list[httpx.AsyncClient] = []  # one each, without a certificate
+        self.took: dict[str, list[float]] = {}
+
+    async def post(self, path: str, **options: Any) -> dict[str, Any]:
+        answer = await self.operator.post(path, headers={"Idempotency-Key": uuid.uuid4().hex}, **options)
+        found: dict[str, Any] = answer.raise_for_status().json()
+        return found
+
+    async def token(self) -> tuple[str, dict[str, str]]:
+        """(id, headers) of a fresh API token."""
+        made = await self.post("/v1/tokens", json={"scopes": ["listKeys"]})
+        return made["id"], {"Authorization": f"Bearer {made['token']}"}
+
+    async def one(self, number: int, aes: str, mac: str) -> None:
+        """One of each."""
+        encrypt = self.workers[0].build_request("POST", f"/v1/keys/{aes}/encrypt", json={"plaintext": "QUJD"})
+        message = {"message": "QUJD", "algorithm": "HMAC_SHA_256"}
+        maced = self.workers[0].build_request("POST", f"/v1/keys/{mac}/mac", json=message)
+        begun = time.monotonic()
+        await self.workers[number % WORKERS].send(encrypt)
+        self.took.setdefault(BASE, []).append(time.monotonic() - begun)
+        path = f"/v1/keys/{aes}"
+        await self._timed("key disabled", self.operator.post(f"{path}/disable"), encrypt, 409)
+        seen = {"If-Match": (await self.operator.get(path)).headers["etag"]}
+        await self._timed("key enabled", self.operator.post(f"{path}/enable", headers=seen), encrypt, 200)
+        token, bearer = await self.token()
+        keys = self.bare[0].build_request("GET", "/v1/keys", headers=bearer)
+        await until(self.bare, keys, 200, "token made")
+        await self._timed("token revoked", self.operator.delete(f"/v1/tokens/{token}"), keys, 401, at=self.bare)
+        stopped = number % 2 == 0
+        rise(self._bundle, stopped=stopped)
+        await self._timed("policy reloaded", self.platform.post("/v1/policy/reload"), maced, 403 if stopped else 200)
+
+    async def _timed(
+        self,
+        name: str,
+        change: Awaitable[httpx.Response],
+        ask: httpx.Request,
+        status: int,
+        *,
+        at: Sequence[httpx.AsyncClient] = (),
+    ) -> None:
+        begun = time.monotonic()
+        (await change).raise_for_status()
+        await until(at or self.workers, ask, status, name)
+        self.took.setdefault(name, []).append(time.monotonic() - begun)
+
+
 async def run(files: Files) -> None:
     """All trials, and the table."""
-    took: dict[str, list[float]] = {}
     async with AsyncExitStack() as stack:
-        operator, platform = [
-            await stack.enter_async_context(client_of(files, who)) for who in ("health-operator", "platform")
-        ]
-        workers = await one_each(stack, files, "health-eu-de-1")
-
-        async def made(spec: str) -> str:
-            body = {"spec": spec, "tier": 2, "home": "eu-de-1"}
-            answer = await operator.post("/v1/keys", json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
-            return str(answer.raise_for_status().json()["id"])
-
-        key, mac = await made("AES_256"), await made("HMAC_256")
-
-        async def encrypts(client: httpx.AsyncClient) -> bool:
-            return (await client.post(f"/v1/keys/{key}/encrypt", json={"plaintext": "QUJD"})).status_code == 200
-
-        async def macs(client: httpx.AsyncClient) -> bool:
-            return (
-                await client.post(f"/v1/keys/{mac}/mac", json={"message": "QUJD", "algorithm": "HMAC_SHA_256"})
-            ).status_code == 200
-
-        async def issued() -> tuple[str, dict[str, str]]:
-            headers = {"Idempotency-Key": uuid.uuid4().hex}
-            answer = await operator.post("/v1/tokens", json={"scopes": ["listKeys"]}, headers=headers)
-            token = answer.raise_for_status().json()
-            return token["id"], {"Authorization": f"Bearer {token['token']}"}
-
-        bare = await one_each(stack, files, None, (await issued())[1])
-
-        async def timed(
-            name: str,
-            change: Awaitable[httpx.Response],
-            ask: Callable[..., Awaitable[bool]],
-            at: Sequence[httpx.AsyncClient] = workers,
-        ) -> None:
-            begun = time.monotonic()
-            (await change).raise_for_status()
-            await until(at, ask, name)
-            took.setdefault(name, []).append(time.monotonic() - begun)
-
-        async def not_(ask: Callable[[httpx.AsyncClient], Awaitable[bool]], client: httpx.AsyncClient) -> bool:
-            return not await ask(client)
-
+        people = [await stack.enter_async_context(client_of(files, who)) for who in ("health-operator", "platform")]
+        trials = Trials(*people, files.config.policy.bundle)
+        trials.workers = await one_each(stack, files, "health-eu-de-1")
+        trials.bare = await one_each(stack, files, None, (await trials.token())[1])
+        body = {"tier": 2, "home": "eu-de-1"}
+        aes, mac = [(await trials.post("/v1/keys", json=body | {"spec": s}))["id"] for s in ("AES_256", "HMAC_256")]
         for number in range(TRIALS):
-            begun = time.monotonic()
-            await encrypts(workers[number % WORKERS])
-            took.setdefault("an encryption", []).append(time.monotonic() - begun)
-            path = f"/v1/keys/{key}"
-            await timed("key disabled", operator.post(f"{path}/disable"), lambda c: not_(encrypts, c))
-            seen = {"If-Match": (await operator.get(path)).headers["etag"]}
-            await timed("key enabled", operator.post(f"{path}/enable", headers=seen), encrypts)
-            token, bearer = await issued()
-
-            async def lists(client: httpx.AsyncClient, bearer: dict[str, str] = bearer) -> bool:
-                return (await client.get("/v1/keys", headers=bearer)).status_code == 200
-
-            async def refused(client: httpx.AsyncClient, bearer: dict[str, str] = bearer) -> bool:
-                return (await client.get("/v1/keys", headers=bearer)).status_code == 401
-
-            await until(bare, lists, "token made")
-            await timed("token revoked", operator.delete(f"/v1/tokens/{token}"), refused, bare)
-            rise(files.config.policy.bundle, stopped=number % 2 == 0)
-            changed = macs if number % 2 else lambda c: not_(macs, c)
-            await timed("policy reloaded", platform.post("/v1/policy/reload"), changed)
-    base = statistics.median(took["an encryption"])
-    print(
-        f"{TRIALS} trials, {WORKERS} workers\n\n| seconds | p50 | p99 | max | p50, of an encryption |\n|---|---|---|---|---|"
-    )
-    for name, values in took.items():
-        values.sort()
-        p50, p99 = statistics.median(values), values[min(len(values) - 1, int(len(values) * 0.99))]
-        print(f"| {name} | {p50:.3f} | {p99:.3f} | {values[-1]:.3f} | {p50 / base:.0f} |")
-
-
-def main() -> int:
-    """Start a node, measure, stop it."""
-    with tempfile.TemporaryDirectory() as made:
-        directory = Path(made) / "node"
-        node = start(directory, "--workers", str(WORKERS))
-        try:
-            asyncio.run(run(prepared(directory)))
-        finally:
-            stop(node.process)
-    return 0
+            await trials.one(number, aes, mac)
+    print(f"{TRIALS} trials, {WORKERS} workers\n")
+    show(trials.took, base=BASE)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    on_a_node(run, workers=WORKERS)
