@@ -35,7 +35,7 @@ from audit.verify import Report, Trust
 from keystore import Catalog, outdate_counts
 from keystore.pkcs11 import Transcript
 from service.config import Config
-from service.database import SCHEMA, open_engine, reader, revision, upgrade
+from service.database import SCHEMA, open_engine, reader, revision, sole, upgrade
 from service.rows import Lease
 from service.wiring import AuditSigner, now, open_fleet
 
@@ -319,6 +319,7 @@ async def restore(
             for group in await open_fleet(config, Catalog(scratch), clock=now):
                 group.close()
         with engine.begin() as connection:
+            sole(connection)  # a node that starts now, or another restore, finds a full database, and leaves it alone
             _empty(connection)
             _load(backup, connection)
             Lease.end_all(connection)  # whoever held one is not here

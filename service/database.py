@@ -101,32 +101,24 @@ def migrate(engine: Engine, *, lock_dir: Path) -> None:
 
     DatabaseUnusable if a later release has been there.
     """
-    if (found := revision(engine)) == SCHEMA:
+    if known_revision(engine) == SCHEMA:
         return
-    if found > SCHEMA:
-        raise DatabaseUnusable(
-            f"the database has schema {found}, and this release knows none after {SCHEMA}: run the release that made it, or "
-            f"restore a backup of before its upgrade"
-        )
     lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (lock_dir / "migrate.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with engine.begin() as connection:
-            if connection.dialect.name == "postgresql":  # other nodes lock files of their own
-                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATING})
-            try:
-                upgrade(connection, SCHEMA)
-            except sa.exc.ProgrammingError as error:
-                if getattr(error.orig, "sqlstate", None) != INSUFFICIENT_PRIVILEGE:
-                    raise
-                raise DatabaseUnusable(
-                    f"the database has schema {found or 'none'}, this release needs {SCHEMA}, and this role may not change it: "
-                    f"run `skms db migrate` as the owner of the schema"
-                ) from None
+            sole(connection)
+            upgrade(connection, SCHEMA)
+
+
+def sole(connection: Connection) -> None:
+    """Until the transaction's end no other one changes the schema; on SQLite no other one writes at all."""
+    if connection.dialect.name == "postgresql":  # nodes lock files of their own
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATING})
 
 
 def upgrade(connection: Connection, to: str) -> None:
-    """Bring the schema to a revision, in the caller's transaction."""
+    """Bring the schema to a revision, in the caller's transaction. DatabaseUnusable if its role may not."""
     # A fifth of a worker's imports, and almost never needed.
     from alembic import command
     from alembic.config import Config as AlembicConfig
@@ -134,7 +126,25 @@ def upgrade(connection: Connection, to: str) -> None:
     config = AlembicConfig()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
-    command.upgrade(config, to)
+    try:
+        command.upgrade(config, to)
+    except sa.exc.ProgrammingError as error:
+        if getattr(error.orig, "sqlstate", None) != INSUFFICIENT_PRIVILEGE:
+            raise
+        raise DatabaseUnusable(
+            f"this role may not bring the schema to {to}, which this release needs: run `skms db migrate` (a restore: `skms "
+            f"backup restore`) with the address of the schema's owner in SKMS_DATABASE_URL"
+        ) from None
+
+
+def known_revision(engine: Engine) -> str:
+    """The revision that is there, none as ""; DatabaseUnusable if this release does not know it."""
+    if (found := revision(engine)) > SCHEMA:
+        raise DatabaseUnusable(
+            f"the database has schema {found}, and this release knows none after {SCHEMA}: run the release that made it, or "
+            f"restore a backup of before its upgrade"
+        )
+    return found
 
 
 def revision(engine: Engine) -> str:

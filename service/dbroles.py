@@ -6,12 +6,13 @@ delete a record: pruning is a function of the owner's (`audit_prune`), which let
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import sqlalchemy as sa
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
-from service.database import DatabaseUnusable
+from service.database import SCHEMA, DatabaseUnusable, reader, revision
 
 _VERBS: Final = {"r": "SELECT", "a": "INSERT", "w": "UPDATE", "d": "DELETE", "D": "TRUNCATE"}
 SERVICE: Final = {
@@ -59,17 +60,46 @@ _COLUMNS: Final = {"audit_checkpoint": ("cosigs", "tst")}  # that the service ma
 _PRUNE: Final = "audit_prune(integer, bigint, bigint)"
 
 
-def grant(connection: Connection, *, service: str | None = None, reader: str | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The schema that is there (none: ""), and where it is this release's, what the connected role lacks and has to spare."""
+
+    schema: str
+    missing: list[str]
+    beyond: list[str]
+
+    @property
+    def good(self) -> bool:
+        """Whether a node would start, and with no right to spare."""
+        return self.schema == SCHEMA and not self.missing and not self.beyond
+
+
+def look(engine: Engine) -> Look:
+    """Compare schema and rights with what this release needs."""
+    if (found := revision(engine)) != SCHEMA:
+        return Look(found, [], [])
+    with reader(engine).connect() as connection:
+        return Look(found, missing(connection), beyond(connection))
+
+
+def grant(connection: Connection, *, service: str | None = None, reading: str | None = None) -> None:
     """Give a role what the service needs, and another every table to read (audit, backup); take what they had beyond it.
 
-    Both must exist. DatabaseUnusable if one does not, or owns the tables.
+    Both must exist. DatabaseUnusable if one does not, or owns the tables, or if the connected role does not own them.
     """
     if connection.dialect.name != "postgresql":
         raise DatabaseUnusable("SQLite has no roles: leave out --service-role and --reader-role")
     owner = connection.execute(sa.text("SELECT current_user")).scalar_one()
     schema = connection.execute(sa.text("SELECT current_schema()")).scalar_one()
     quote = connection.dialect.identifier_preparer.quote_identifier
-    for role, allowed in (service, SERVICE), (reader, dict.fromkeys(SERVICE, "r")):
+    # PostgreSQL only warns of a grant that gives nothing.
+    ask = sa.text(
+        "SELECT FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p') "
+        "AND NOT pg_has_role(relowner, 'USAGE')"
+    )
+    if connection.execute(ask).first() is not None:
+        raise DatabaseUnusable(f"{owner} does not own the tables: give the owner's address in SKMS_DATABASE_URL")
+    for role, allowed in (service, SERVICE), (reading, dict.fromkeys(SERVICE, "r")):
         if role is None:
             continue
         if role == owner:

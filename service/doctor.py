@@ -135,28 +135,20 @@ def _suppliers(config: Config) -> str:
 
 
 def _database(config: Config) -> str:
-    from service.database import SCHEMA, DatabaseUnusable, open_engine, ping, reader, revision
-    from service.dbroles import beyond, missing
+    from service.database import SCHEMA, DatabaseUnusable, known_revision, open_engine
+    from service.dbroles import look
 
     engine = open_engine(config.database.url)
     try:
-        ping(engine)
-        found = revision(engine)
-        if found > SCHEMA:
-            raise DatabaseUnusable(
-                f"schema {found}, and this release knows none after {SCHEMA}: use the release that made it"
-            )
-        told = f"{engine.url.render_as_string()}, schema {found or 'none'}"
-        if found == SCHEMA:
-            with reader(engine).connect() as connection:
-                if lacks := missing(connection):
-                    raise DatabaseUnusable(
-                        f"the role lacks {'; '.join(lacks[:3])}: run `skms db migrate --service-role`"
-                    )
-                if spare := beyond(connection):
-                    told += (
-                        f"; the role may do more than a node needs, as {spare[0]}: docs/operations.md, Database roles"
-                    )
+        known_revision(engine)
+        found = look(engine)
     finally:
         engine.dispose()
-    return told if found == SCHEMA else f"{told}: the first start brings it to {SCHEMA}, or `skms db migrate`"
+    told = f"{engine.url.render_as_string()}, schema {found.schema or 'none'}"
+    if found.schema != SCHEMA:
+        return f"{told}: the first start brings it to {SCHEMA}, or `skms db migrate`"
+    if found.missing:
+        raise DatabaseUnusable(f"the role lacks {'; '.join(found.missing[:3])}: run `skms db migrate --service-role`")
+    if found.beyond:
+        told += f"; the role may do more than a node needs, as {found.beyond[0]}: docs/operations.md, Database roles"
+    return told

@@ -117,13 +117,7 @@ def behind(url: str, *statements: str) -> list[sa.Row[Any]]:
 def unguarded(connection: sa.Connection) -> None:
     """The owner of a database switches its triggers off first: they stop accidents only."""
     if connection.dialect.name == "postgresql":
-        for table in ("batch", "snapshot", "root"):
-            connection.exec_driver_sql(f"ALTER TABLE audit_{table} DISABLE TRIGGER USER")
-        # SQLite has it, and damages are written with it.
-        connection.exec_driver_sql(
-            "CREATE OR REPLACE FUNCTION zeroblob(n integer) RETURNS bytea LANGUAGE sql "
-            "AS $$ SELECT decode(repeat('00', n), 'hex') $$"
-        )
+        connection.exec_driver_sql("SET session_replication_role = replica")
         return
     names = "SELECT name FROM sqlite_master WHERE type = 'trigger'"
     for name in connection.exec_driver_sql(names).scalars().all():

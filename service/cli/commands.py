@@ -2462,7 +2462,7 @@ def db_migrate(
             migrate(engine, lock_dir=found.node.state_dir)
             if service_role or reader_role:
                 with engine.begin() as connection:
-                    grant(connection, service=service_role, reader=reader_role)
+                    grant(connection, service=service_role, reading=reader_role)
             show(
                 {"schema": revision(engine), "before": before or "none", "service role": service_role or "not changed"}
             )
@@ -2475,22 +2475,26 @@ def db_migrate(
 @db_app.command("check")
 def db_check(config: ConfigFile) -> None:
     """Compare schema and rights with what this release needs; exit status 8 if a node would not start, or may do too much."""
-    from service.database import SCHEMA, DatabaseUnusable, open_engine, reader, revision
-    from service.dbroles import beyond, missing
+    from service.database import SCHEMA, DatabaseUnusable, open_engine
+    from service.dbroles import look
 
     try:
         engine = open_engine(_config(config).database.url)
     except DatabaseUnusable as error:
         raise Failed(USAGE, str(error)) from None
     try:
-        found, lacks, spare = revision(engine), [], []
-        if found == SCHEMA:
-            with reader(engine).connect() as connection:
-                lacks, spare = missing(connection), beyond(connection)
-        show({"schema": found or "none", "this release": SCHEMA, "missing": lacks, "beyond need": spare})
+        found = look(engine)
     finally:
         engine.dispose()
-    if found != SCHEMA or lacks or spare:
+    show(
+        {
+            "schema": found.schema or "none",
+            "this release": SCHEMA,
+            "missing": found.missing,
+            "beyond need": found.beyond,
+        }
+    )
+    if not found.good:
         raise typer.Exit(FAILED_CHECK)
 
 
@@ -2722,6 +2726,22 @@ def dev_down(directory: DevDir) -> None:
         raise Failed(4, str(error)) from None
 
 
+def _of_the_database(error: Exception) -> Failed | None:
+    """What the database's own refusal means to whoever gave the command; None if it is not one."""
+    raised = sys.modules.get("sqlalchemy.exc")  # most commands have not loaded it
+    if raised is None or not isinstance(error, raised.DBAPIError):
+        return None
+    from service.database import INSUFFICIENT_PRIVILEGE
+
+    told = str(error.orig).strip().partition("\n")[0]
+    if getattr(error.orig, "sqlstate", None) == INSUFFICIENT_PRIVILEGE:
+        mend = "give the address of the schema's owner in SKMS_DATABASE_URL"
+        return Failed(DENIED, f"the database role may not do this ({told}): {mend}")
+    if isinstance(error, raised.OperationalError):
+        return Failed(TEMPORARY, f"the database cannot be used: {told}")
+    return None
+
+
 def run() -> None:
     """Run a command; its exit status is one of the fixed ones."""
     try:
@@ -2737,11 +2757,9 @@ def run() -> None:
         if hasattr(error, "format_message"):  # wrong usage, as typer puts it
             err.print(f"skms: {error.format_message()}", highlight=False, markup=False)
             sys.exit(USAGE)
-        database = sys.modules.get("sqlalchemy.exc")  # most commands have not loaded it
-        if database is not None and isinstance(error, database.OperationalError):
-            told = str(error.orig).strip().partition("\n")[0]
-            err.print(f"skms: the database cannot be used: {told}", highlight=False, markup=False, soft_wrap=True)
-            sys.exit(TEMPORARY)
+        if (told := _of_the_database(error)) is not None:
+            err.print(f"skms: {told}", highlight=False, markup=False, soft_wrap=True)
+            sys.exit(told.status)
         err.print(f"skms: internal error ({type(error).__name__})", highlight=False, markup=False)
         sys.exit(INTERNAL)
     sys.exit(status if isinstance(status, int) else OK)

@@ -353,6 +353,15 @@ def test_a_backup_never_replaces_one_and_needs_the_schema_of_its_release(made: M
     assert made.file.read_bytes() == whole
 
 
+def test_of_two_restores_at_once_one_finds_the_database_full(made: Made, tmp_path: Path) -> None:
+    fresh = site(made.node, tmp_path, hsm=1)
+    command = [sys.executable, "-m", "service.cli.main", *restoring(made, fresh), "--accept-unanchored"]
+    both = [Popen(command, cwd=ROOT, stdout=DEVNULL, stderr=PIPE) for _ in range(2)]
+    told = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 8], told
+    assert any(b"not empty" in line for line in told), told
+
+
 def signed_anew(made: Made, to: Path, edit: Callable[[list[bytes]], list[bytes]]) -> tuple[Path, Trust]:
     """The backup with other lines under a good signature, and who trusts that: what an audit key's thief would hand in."""
     lines = edit(gzip.decompress(made.file.read_bytes()).splitlines(keepends=True))

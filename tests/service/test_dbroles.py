@@ -37,7 +37,7 @@ def database(roles: Cluster, tmp_path: Path) -> str:
     engine = open_engine(roles.fresh(name, owner=OWNER))
     migrate(engine, lock_dir=tmp_path)
     with engine.begin() as connection:
-        grant(connection, service=SERVICE, reader=READER)
+        grant(connection, service=SERVICE, reading=READER)
     engine.dispose()
     return name
 
@@ -160,11 +160,21 @@ def test_the_commands_migrate_as_the_owner_and_say_what_a_node_lacks(
     config = ("--config", str(dev_files.config_file))
     early = skms("db", "migrate", *config, env=service)
     assert early.returncode == 2
-    assert b"run `skms db migrate` as the owner" in early.stderr
+    assert b"run `skms db migrate`" in early.stderr
+    assert b"the address of the schema's owner" in early.stderr
     assert json.loads((empty := skms("-o", "json", "db", "check", *config, env=service)).stdout)["schema"] == "none"
     assert empty.returncode == 8
-    done = skms("-o", "json", "db", "migrate", *config, "--service-role", SERVICE, env=owner)
+    granted = ("--service-role", SERVICE, "--reader-role", READER)
+    done = skms("-o", "json", "db", "migrate", *config, *granted, env=owner)
     assert json.loads(done.stdout) == {"schema": SCHEMA, "before": "none", "service role": SERVICE}
+    refused = skms("db", "migrate", *config, "--reader-role", READER, env=service)
+    assert refused.returncode == 2
+    assert b"does not own the tables" in refused.stderr
+    reader = owner | {"SKMS_DATABASE_URL": roles.url("commands", READER)}
+    denied = skms("audit", "reindex", *config, env=reader)
+    assert denied.returncode == 3
+    assert b"may not do this (permission denied for table audit_index)" in denied.stderr
+    assert b"the address of the schema's owner" in denied.stderr
     good = skms("-o", "json", "db", "check", *config, env=service)
     assert good.returncode == 0, good.stdout
     assert json.loads(good.stdout) == {"schema": SCHEMA, "this release": SCHEMA, "missing": [], "beyond need": []}
