@@ -163,9 +163,8 @@ _WITNESS_REFUSALS: Final = {
     422: (FAILED, "proof_invalid"),
     503: (ERROR, "witness_busy"),
 }
-UNKNOWN: Final = (
-    50  # requests of unknown callers recorded one by one: a second and source; of all sources, four times that
-)
+# Requests of unknown callers recorded one by one, a second and source; of all sources, four times that.
+UNKNOWN: Final = 50
 _TOO_MANY: Final = frozenset({"rate_limited", "overloaded"})  # refusals that cost less than what they refuse
 # Signatures that take SoftHSM 0.9 to 6 ms; P-256 takes 0.1.
 _HEAVY: Final = frozenset({KeySpec.EC_P384, KeySpec.RSA_3072, KeySpec.RSA_4096})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -20,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from keystore.hsm import HsmFault, HsmLocked, HsmUnavailable, InvalidCiphertext
+from keystore.hsm import HsmEmpty, HsmFault, HsmLocked, HsmUnavailable, InvalidCiphertext
 from keystore.pkcs11.binding import CKU_USER, USER_STATES, Session
 from keystore.pkcs11.errors import CkError, Fault, classify
-from keystore.pkcs11.recovery import Recovering, Recovery, start_lock
+from keystore.pkcs11.recovery import LAST_BACKOFF_S, Recovering, Recovery, start_lock
 
 log: Final = logging.getLogger("skms.hsm")
 T = TypeVar("T")
@@ -34,6 +35,7 @@ BUSY_WAIT_S: Final = 0.02
 ATTEMPTS: Final = 3  # at two, one storm in 25 met the same ambiguous fault twice and blamed who had not erred
 CACHE_KEYS: Final = 512
 CACHE_TTL_S: Final = 900.0
+DEVICE_ERROR: Final = 0x30
 DEVICE_MEMORY: Final = 0x31
 GONE: Final = frozenset({0xB0, 0xB3})  # SESSION_CLOSED, SESSION_HANDLE_INVALID
 
@@ -101,6 +103,9 @@ class TokenSessions:
         self._slots = threading.BoundedSemaphore(size)
         self._cache: OrderedDict[bytes, Pinned] = OrderedDict()
         self._tokens: dict[bytes, int] = {}
+        self._looked_again: dict[
+            bytes, float
+        ] = {}  # what was found once: from when on its absence is a fault of the module
         self.unwraps = 0  # keys loaded into the token so far: what a module that leaks per unwrap has leaked
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -202,10 +207,18 @@ class TokenSessions:
         self._slots.release()
 
     def token_object(self, name: bytes, find: Callable[[Session], int]) -> int:
-        """The handle of a token object, looked up once per epoch."""
+        """The handle of a token object, looked up once per epoch. HsmEmpty if the token does not hold it."""
         with self._lock:
             if name not in self._tokens:
-                self._tokens[name] = find(self.home)
+                try:
+                    self._tokens[name] = find(self.home)
+                except HsmEmpty as missing:
+                    # SoftHSM2 that got no file descriptor for an object's file says so, and never looks at that file again.
+                    if time.monotonic() < self._looked_again.get(name, math.inf):
+                        raise
+                    self._looked_again[name] = time.monotonic() + LAST_BACKOFF_S
+                    raise CkError(DEVICE_ERROR, "C_FindObjects") from missing
+                self._looked_again.setdefault(name, 0.0)
             return self._tokens[name]
 
     def logged_in(self) -> bool:

@@ -100,11 +100,14 @@ def test_an_abstract_address_and_another_process_s_watchdog(tmp_path: Path) -> N
         told.alive()  # meant for process 1
         told.ready()
         assert made.recv(100) == b"READY=1"
-    told.stopping()  # nobody is there any more
+    told.stopping()  # nobody is there any more: that is no error
 
 
 def test_without_a_manager_nobody_is_told() -> None:
-    told = Manager({})
+    before = psutil.Process().num_fds()
+    told = Manager(environment := {"HOME": "/"})
     told.ready()
     told.alive()
     told.stopping()
+    assert environment == {"HOME": "/"}
+    assert psutil.Process().num_fds() == before

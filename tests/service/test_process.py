@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from harness import ROOT
+from harness import ROOT, served
 
 SERVE = (
     "import resource, sys; from service.cli.serving import serve; "
@@ -28,3 +31,17 @@ def test_it_leaves_no_core_file_whatever_its_shell_allows(tmp_path: Path) -> Non
     except subprocess.SubprocessError:
         pytest.skip("this shell allows no core files, so there is nothing to take away")
     assert ran.stdout == "2 (0, 0)\n", ran.stderr
+
+
+def test_workers_leave_when_their_supervisor_is_killed_and_the_node_starts_again(tmp_path: Path) -> None:
+    with served(tmp_path / "node", "--workers", "2") as node:
+        workers = psutil.Process(node.process.pid).children()
+        os.kill(node.process.pid, signal.SIGKILL)
+        node.process.wait(30)
+        _, left = psutil.wait_procs(workers, 30)
+        assert len(workers) == 2
+        assert not left, "workers go on without a supervisor, on the port that the next one needs"
+    with served(tmp_path / "node", "--workers", "2") as again:  # as a service manager does, on the same port
+        assert again.url == node.url
+        with again.client("health-operator") as client:
+            assert client.get("/v1/whoami").status_code == 200

@@ -128,3 +128,12 @@ def test_R6_of_two_vendors_one_dies_under_load_and_hardly_a_call_fails(tmp_path:
     assert told["while_down"]["nss-eu-de-1"] != "UP"
     assert told["back_after_s"] <= 10.0
     assert told["usable"] == 2
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_F26_a_process_without_descriptors_uses_its_token_again_once_it_has_some(tmp_path: Path, vendor: str) -> None:
+    told = last_line("descriptors.py", vendor, tmp_path, timeout=120)
+    print(told)
+    assert told["wrong"] == 0
+    assert told["fine"], told
+    assert told["back_s"] < 15, told
