@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import time
@@ -24,10 +23,9 @@ class Manager:
         self._ready = False
 
     def ready(self) -> None:
-        """Every worker serves: told once."""
+        """Every worker serves: told once, and again until the manager has taken it."""
         if not self._ready:
-            self._ready = True
-            self._tell("READY=1")
+            self._ready = self._tell("READY=1")
 
     def alive(self) -> None:
         """Nothing hangs: told as often as the manager wants to hear it."""
@@ -39,9 +37,13 @@ class Manager:
         """Workers are told to drain."""
         self._tell("STOPPING=1")
 
-    def _tell(self, state: str) -> None:
+    def _tell(self, state: str) -> bool:
+        """Whether the manager, if there is one, has it. One that is away, or busy, is no reason to serve no more."""
         if self._address:
-            # A manager that is away, or busy, is no reason to serve no more.
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
-                sender.sendto(state.encode(), self._address)
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                    sender.setblocking(False)
+                    sender.sendto(state.encode(), self._address)
+            except OSError:  # its queue is full (net.unix.max_dgram_qlen), or it starts again
+                return False
+        return True

@@ -23,7 +23,7 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
         yield made
 
 
-def heard(manager: socket.socket, wanted: str, *, seconds: float = 180) -> list[str]:
+def heard(manager: socket.socket, wanted: str, *, seconds: float = 60) -> list[str]:
     """What is heard up to a message."""
     found, deadline = list[str](), time.monotonic() + seconds
     while wanted not in found:
@@ -101,6 +101,28 @@ def test_an_abstract_address_and_another_process_s_watchdog(tmp_path: Path) -> N
         told.ready()
         assert made.recv(100) == b"READY=1"
     told.stopping()  # nobody is there any more: that is no error
+
+
+def test_a_manager_that_is_busy_or_away_hears_of_it_later(tmp_path: Path) -> None:
+    at = tmp_path / "notify"
+    told = Manager({"NOTIFY_SOCKET": str(at)})
+    told.ready()  # nobody is there yet
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
+        made.bind(str(at))
+        made.setblocking(False)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, pytest.raises(BlockingIOError):
+            other.setblocking(False)
+            while True:
+                other.sendto(b"noise", str(at))
+        told.ready()  # its queue is full
+        with pytest.raises(BlockingIOError):
+            while True:
+                assert made.recv(100) == b"noise"
+        told.ready()
+        assert made.recv(100) == b"READY=1"
+        told.ready()
+        with pytest.raises(BlockingIOError):
+            made.recv(100)
 
 
 def test_without_a_manager_nobody_is_told() -> None:
