@@ -13,6 +13,7 @@ import json
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import uvicorn
@@ -45,6 +46,7 @@ class TlsClientCertProtocol(HttpToolsProtocol):
     max_age_s, drain_s = MAX_AGE_S, float(DRAIN_S)
     handshake_deadline_s, head_deadline_s, body_deadline_s = HANDSHAKE_DEADLINE_S, HEAD_DEADLINE_S, BODY_DEADLINE_S
     max_connections, yields_after_s = MAX_CONNECTIONS, YIELDS_AFTER_S
+    stopping: Callable[[], bool] = staticmethod(lambda: False)  # whether the server ends
     _old = False
     _refusal: tuple[int, str] = (400, "bad request")
     _tls: dict[str, Any] | None = None
@@ -67,6 +69,8 @@ class TlsClientCertProtocol(HttpToolsProtocol):
             self._crowd(transport)
         self._deadline = self.loop.call_later(self.head_deadline_s, transport.abort)
         self._age = self.loop.call_later(self.max_age_s, self._grow_old)
+        if self.stopping():  # since its handshake began: nobody else would tell it
+            self.shutdown()
 
     def _crowd(self, transport: asyncio.Transport) -> None:
         """A connection too many: an idle one gives way, of those without a certificate first; else urgent requests alone."""
@@ -262,9 +266,12 @@ class Server(uvicorn.Server):
         """Listen on the sockets, or on the configured address."""
         config, loop = self.config, asyncio.get_running_loop()
         protocol: Any = config.http_protocol_class
-        connection = functools.partial(
-            protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+
+        def connection() -> TlsClientCertProtocol:
+            made: TlsClientCertProtocol = protocol(config, self.server_state, self.lifespan.state)
+            made.stopping = lambda: self.should_exit
+            return made
+
         listen = functools.partial(
             loop.create_server,
             connection,

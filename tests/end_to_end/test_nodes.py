@@ -302,9 +302,6 @@ def faults(site: Site, chooser: random.Random) -> dict[str, Callable[[], context
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(
-    "NODES_SECONDS" not in os.environ, reason="`make nodes` runs it: two of ten runs failed, and why is not known"
-)
 def test_R1_R2_R10_what_breaks_takes_no_acknowledged_answer_with_it(site: Site) -> None:
     with site.nodes[0].client("health-operator") as operator:
         body = {"spec": "AES_256", "tier": 2, "home": "eu-de-1"}

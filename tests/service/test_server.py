@@ -198,6 +198,26 @@ async def test_what_comes_on_an_idle_connection_of_a_stopping_server_is_answered
 
 
 @pytest.mark.anyio
+async def test_a_connection_whose_handshake_ends_as_the_server_stops_is_answered_once_and_ended(
+    dev_files: Files,
+) -> None:
+    async with greeting(dev_files, TlsClientCertProtocol) as (server, port):
+        raw = await asyncio.open_connection("127.0.0.1", port)
+        staying = await connected(dev_files, port)  # accepted after the first one, and the server waits for it
+        server.should_exit = True
+        async with asyncio.timeout(60):
+            while server.servers[0].is_serving():
+                await asyncio.sleep(0.001)
+            await raw[1].start_tls(tls_of(dev_files, None), server_hostname="127.0.0.1")
+            raw[1].write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = await raw[0].read()
+        assert b"connection: close" in answer
+        assert answer.endswith(b"hi")
+        for _, writer in (raw, staying):
+            writer.close()
+
+
+@pytest.mark.anyio
 async def test_an_old_connection_ends_with_an_answer_and_an_idle_one_by_itself(dev_files: Files) -> None:
     async with greeting(dev_files, Aging) as (_, port):
         said, until = list[str](), asyncio.get_running_loop().time() + 60
