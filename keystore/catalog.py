@@ -298,6 +298,28 @@ class ImportRow:
     spent: bool = False  # not under the MAC, as `attempts` in the table: a spent row holds no key any more
 
 
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """Up to `count` more uses of a key's version, of `limit` in all."""
+
+    key_id: uuid.UUID
+    number: int
+    count: int
+    limit: int | None = None
+
+
+def _leased(c: Connection, wanted: Uses) -> int | None:
+    there = (_version.c.key_id == str(wanted.key_id)) & (_version.c.number == wanted.number)
+    # The update comes first and locks the row, so that two workers never count the same uses.
+    counting = sa.update(_version).where(there).values(uses=_version.c.uses + wanted.count).returning(_version.c.uses)
+    total = c.execute(counting).scalar()
+    if total is None or wanted.limit is None or total <= wanted.limit:
+        return None if total is None else wanted.count
+    granted = max(0, wanted.count - (int(total) - wanted.limit))
+    c.execute(sa.update(_version).where(there).values(uses=total - wanted.count + granted))
+    return granted
+
+
 class Catalog:
     """Reads on connections of its own; writes only on the connection it is given, inside the caller's transaction."""
 
@@ -704,24 +726,18 @@ class Catalog:
         keys = sa.select(_key.c.key_id).where(_key.c.suite == suite)
         c.execute(sa.update(_version).where(_version.c.key_id.in_(keys), _version.c.uses < uses).values(uses=uses))
 
-    def lease_uses(self, key_id: uuid.UUID, number: int, count: int, *, limit: int | None = None) -> int:
-        """Count up to `count` more uses of a version before they happen; how many, 0 once `limit` is reached.
+    def lease_uses(self, wanted: Sequence[Uses]) -> list[int | None]:
+        """Count more uses of versions before they happen; how many of each, 0 once its limit is reached, None if it is gone.
 
         Committed when this returns, in a transaction of its own: a crash after it counts too many, never too few.
-        KeyNotFound if there is no such version.
         """
-        there = (_version.c.key_id == str(key_id)) & (_version.c.number == number)
+        granted = dict[Uses, int | None]()
         with self._engine.begin() as c:
-            # The update comes first and locks the row, so that two workers never count the same uses.
-            c.execute(sa.update(_version).where(there).values(uses=_version.c.uses + count))
-            total = c.execute(sa.select(_version.c.uses).where(there)).scalar()
-            if total is None:
-                raise KeyNotFound("no such key")
-            if limit is None or total <= limit:
-                return count
-            granted = max(0, count - (int(total) - limit))
-            c.execute(sa.update(_version).where(there).values(uses=total - count + granted))
-            return granted
+            for one in sorted(
+                wanted, key=lambda w: (w.key_id, w.number)
+            ):  # in one order, or two workers block each other
+                granted[one] = _leased(c, one)
+        return [granted[one] for one in wanted]
 
     # ---- imports ---------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 
 from keystore import envelope as ev
 from keystore import rowmac
-from keystore.catalog import Catalog, ListFilter, Located, Placed, SecretRow
+from keystore.catalog import Catalog, ListFilter, Located, Placed, SecretRow, Uses
 from keystore.envelope import Envelope, Purpose
 from keystore.hsm import (
     Hsm,
@@ -271,6 +271,25 @@ def expired(version: KeyVersion, now: int) -> bool:
     return end is not None and end <= now
 
 
+def _key_id(name: str) -> uuid.UUID:
+    try:
+        key_id = uuid.UUID(name)
+    except ValueError:
+        raise KeyNotFound("no such key") from None
+    if str(key_id) != name:
+        raise KeyNotFound("no such key")
+    return key_id
+
+
+def _block(key: Key, number: int) -> Uses:
+    """How many uses of a version are counted at a time."""
+    strict = key.suite == ev.STRICT
+    block = _STRICT_BLOCK if strict else _BLOCK
+    if key.rotation.max_uses is not None:
+        block = max(1, min(block, key.rotation.max_uses // _LEASES_PER_ROTATION))
+    return Uses(key.id, number, block, STRICT_LIMIT if strict else None)
+
+
 @dataclass(slots=True)
 class _Genuine:
     """A key row whose MAC was right, and those of its versions that were used, ready for the HSM."""
@@ -332,15 +351,22 @@ class Keystore:
             raise KeyNotFound("no such key")
         return key
 
+    def at_hand(self, tenant: str, name: str) -> Key | None:
+        """What `find` answers, or None if it has to ask the database. KeyNotFound as there."""
+        alias = name.removeprefix("alias/")
+        key_id = _key_id(name) if alias == name else self._aliases.get((tenant, alias))
+        key = None if key_id is None else self._keys.get(key_id)
+        if key is not None and key.tenant != tenant:
+            raise KeyNotFound("no such key")
+        return key
+
+    def by_id_at_hand(self, key_id: uuid.UUID) -> Key | None:
+        """What `by_id` answers, or None if it has to ask the database."""
+        return self._keys.get(key_id)
+
     def _id_of(self, tenant: str, name: str) -> uuid.UUID:
         if not name.startswith("alias/"):
-            try:
-                key_id = uuid.UUID(name)
-            except ValueError:
-                raise KeyNotFound("no such key") from None
-            if str(key_id) != name:
-                raise KeyNotFound("no such key")
-            return key_id
+            return _key_id(name)
         slot = (tenant, name.removeprefix("alias/"))
         found = self._aliases.get(slot)
         if found is None:
@@ -929,22 +955,50 @@ class Keystore:
             self._genuine[key.id] = made
         return made
 
-    def _count(self, key: Key, number: int) -> None:
-        """Count one use before it happens. Leases are committed first, so a crash never counts too few."""
+    def counted(self, key: Key, version: int | None = None) -> bool:
+        """Whether one more use of a version (the latest one) can be counted without the database, or there is no such version."""
+        number = key.latest_number if version is None else version
+        there = next((v.object_id for v in key.versions if v.number == number), None)
+        lease = None if there is None else self._leases.get(there)
+        return there is None or (lease is not None and lease.left > 0)
+
+    def count_ahead(self, wanted: Sequence[tuple[Key, int | None]]) -> Sequence[Exception | None]:
+        """Let uses of versions be counted without the database for a while; a KeyLimitReached or KeyNotFound each, or None.
+
+        One transaction for all: many keys that come into use together would wait for each other's.
+        """
+        numbered = [(key, key.latest_number if number is None else number) for key, number in wanted]
+        granted = self._catalog.lease_uses([_block(key, number) for key, number in numbered])
+        told = list[Exception | None]()
+        for (key, number), uses in zip(numbered, granted, strict=True):
+            try:
+                leased = self._granted(key, number, uses)
+            except (KeyLimitReached, KeyNotFound) as error:
+                told.append(error)
+                continue
+            lease = self._lease_of(key, number)
+            with lease.lock:
+                lease.left += leased
+            told.append(None)
+        return told
+
+    def _lease_of(self, key: Key, number: int) -> _Lease:
         object_id = key.version(number).object_id
         with self._lock:
-            lease = self._leases.setdefault(object_id, _Lease())
+            return self._leases.setdefault(object_id, _Lease())
+
+    def _count(self, key: Key, number: int) -> None:
+        """Count one use before it happens. Leases are committed first, so a crash never counts too few."""
+        lease = self._lease_of(key, number)
         with lease.lock:
             if lease.left == 0:
-                lease.left = self._lease(key, number)
+                (granted,) = self._catalog.lease_uses([_block(key, number)])
+                lease.left = self._granted(key, number, granted)
             lease.left -= 1
 
-    def _lease(self, key: Key, number: int) -> int:
-        strict = key.suite == ev.STRICT
-        block = _STRICT_BLOCK if strict else _BLOCK
-        if key.rotation.max_uses is not None:
-            block = max(1, min(block, key.rotation.max_uses // _LEASES_PER_ROTATION))
-        granted = self._catalog.lease_uses(key.id, number, block, limit=STRICT_LIMIT if strict else None)
+    def _granted(self, key: Key, number: int, granted: int | None) -> int:
+        if granted is None:
+            raise KeyNotFound("no such key")
         if granted == 0:
             raise KeyLimitReached(f"version {number} of key {key.id} must not encrypt any more; rotate it")
         self._show_uses(key, number, granted)

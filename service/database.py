@@ -33,6 +33,10 @@ class DatabaseUnusable(Exception):
     """The database cannot be used as configured; the message says what to do."""
 
 
+class DatabaseUnavailable(Exception):
+    """The database does not answer just now; nothing was done."""
+
+
 def open_engine(url: str) -> Engine:
     """An engine on which a transaction is one: SQLite begins IMMEDIATE, in WAL, and commits durably.
 

@@ -87,6 +87,7 @@ from service.admission import Admission, Refusals
 from service.compliance import Bars, Compliance, Report
 from service.decisions import BundleLost, Decisions, Replay
 from service.ids import uuid4
+from service.keysathand import KeysAtHand
 from service.limits import RateLimits
 from service.outcome import (
     DENIED,
@@ -363,6 +364,7 @@ class Kms:
         self._in_step: str | None = None  # the applied bundle that this worker has, by the digest it was applied with
         self._told_active = policy_now.digest
         self._digests = Digests()
+        self.at_hand = KeysAtHand(keystore)
         self.draining = False
         self.damaged_rows = 0  # uses of rows that somebody changed behind the service's back
         self.hsm_changes_allowed: Callable[[str], None] = lambda _: None  # raises while a drill has the HSM
@@ -469,7 +471,7 @@ class Kms:
     async def public_key(self, ask: Ask, key: str, *, version: int | None = None) -> tuple[Key, int, bytes]:
         """The public half of a signing key as SubjectPublicKeyInfo (DER)."""
         async with self._recorded(_Entry(ask, "get_public_key")) as entry:
-            found = self._permitted(entry, "publicKey", key)
+            found = await self._permitted(entry, "publicKey", key)
             number = version or found.latest.number
             spki = await self._inside(found, lambda: self.keystore.public_key(found, number))
             entry.used(number)
@@ -482,12 +484,12 @@ class Kms:
             return await act(entry, self.keystore, work)
 
     async def _encrypt(self, entry: _Entry, sealer: Sealer, work: Encrypt) -> Ciphertext:
-        found = self._permitted(entry, "encrypt", work.key, version=work.version)
+        found = await self._permitted(entry, "encrypt", work.key, version=work.version)
         self._go(entry)
         return await self._sealed(entry, sealer, found, work.plaintext, work.context, Purpose.ENCRYPT, work.version)
 
     async def _open(self, entry: _Entry, sealer: Sealer, work: Open) -> Plaintext:
-        envelope, found = self._named_by(entry, work.envelope, work.expect_key)
+        envelope, found = await self._named_by(entry, work.envelope, work.expect_key)
         action, purpose = ("decrypt", Purpose.ENCRYPT) if isinstance(work, Decrypt) else ("unwrap", Purpose.DATAKEY)
         self._permit(entry, action, found, version=envelope.version)
         self._go(entry)
@@ -496,10 +498,10 @@ class Kms:
         return Plaintext(found, envelope.version, data)
 
     async def _rewrap(self, entry: _Entry, sealer: Sealer, work: Rewrap) -> Rewrapped:
-        envelope, source = self._named_by(entry, work.envelope, None)
+        envelope, source = await self._named_by(entry, work.envelope, None)
         target = source
         if work.to_key is not None:
-            target = self.keystore.find(self._tenant(entry.ask), work.to_key)
+            target = await self.at_hand.find(self._tenant(entry.ask), work.to_key)
         if target.id == source.id:
             contexts = (work.context, work.context if work.to_context is None else work.to_context)
             self._permit(entry, "rewrap", source, version=envelope.version, contexts=contexts)
@@ -523,7 +525,7 @@ class Kms:
         return Rewrapped(source, envelope.version, made)
 
     async def _data_key(self, entry: _Entry, sealer: Sealer, work: MakeDataKey) -> DataKey:
-        found = self._permitted(entry, "generateDataKey", work.key)
+        found = await self._permitted(entry, "generateDataKey", work.key)
         self._go(entry)
         data: bytes = await self._inside(found, lambda: self.keystore.random(found.home, work.length))
         made = await self._sealed(entry, sealer, found, data, work.context, Purpose.DATAKEY, None)
@@ -539,13 +541,15 @@ class Kms:
         purpose: Purpose,
         version: int | None,
     ) -> Ciphertext:
+        await self.at_hand.countable(key, version)
         made = await self._inside(key, lambda: sealer.seal(key, data, context, purpose=purpose, version=version))
         entry.used(made.version, alg=f"0x{made.suite:04x}", out_len=len(made.ciphertext))
         return Ciphertext(key, made.version, made.suite, made.ciphertext)
 
     async def _sign(self, entry: _Entry, _: Sealer, work: Sign) -> Signature:
-        found = self._permitted(entry, "sign", work.key)
+        found = await self._permitted(entry, "sign", work.key)
         self._go(entry)
+        await self.at_hand.countable(found)
         value, number = await self._signing(
             found,
             lambda: self.keystore.sign(found, work.algorithm, message=work.message, digest=work.digest, form=work.form),
@@ -554,7 +558,7 @@ class Kms:
         return Signature(found, number, value)
 
     async def _verify(self, entry: _Entry, _: Sealer, work: Verify) -> Checked:
-        found = self._permitted(entry, "verify", work.key, version=work.version)
+        found = await self._permitted(entry, "verify", work.key, version=work.version)
         self._go(entry)
         number = work.version or found.latest_number
         valid = await self._signing(
@@ -573,14 +577,15 @@ class Kms:
         return Checked(found, number, valid)
 
     async def _mac(self, entry: _Entry, _: Sealer, work: Mac) -> Signature:
-        found = self._permitted(entry, "mac", work.key)
+        found = await self._permitted(entry, "mac", work.key)
         self._go(entry)
+        await self.at_hand.countable(found)
         value, number = await self._inside(found, lambda: self.keystore.mac(found, work.message, work.algorithm))
         entry.used(number, alg=work.algorithm, out_len=len(value))
         return Signature(found, number, value)
 
     async def _verify_mac(self, entry: _Entry, _: Sealer, work: VerifyMac) -> Checked:
-        found = self._permitted(entry, "verifyMac", work.key, version=work.version)
+        found = await self._permitted(entry, "verifyMac", work.key, version=work.version)
         self._go(entry)
         number = work.version or found.latest_number
         valid = await self._inside(
@@ -590,16 +595,16 @@ class Kms:
         entry.used(number, alg=work.algorithm)
         return Checked(found, number, valid)
 
-    def _named_by(self, entry: _Entry, ciphertext: bytes, expect_key: str | None) -> tuple[Envelope, Key]:
+    async def _named_by(self, entry: _Entry, ciphertext: bytes, expect_key: str | None) -> tuple[Envelope, Key]:
         """The envelope's own key, if it is the caller's; a foreign or unknown key is an invalid ciphertext."""
         envelope = Envelope.parse(ciphertext)
         try:
-            found = self.keystore.by_id(envelope.key_id)
+            found = await self.at_hand.by_id(envelope.key_id)
         except KeyNotFound:
             raise InvalidCiphertext from None
         if found.tenant != entry.ask.caller.tenant or envelope.version > found.latest_number:
             raise InvalidCiphertext
-        if expect_key is not None and self.keystore.find(found.tenant, expect_key).id != found.id:
+        if expect_key is not None and (await self.at_hand.find(found.tenant, expect_key)).id != found.id:
             raise IncorrectKey
         return envelope, found
 
@@ -608,7 +613,7 @@ class Kms:
     async def get_key(self, ask: Ask, key: str) -> Key:
         """A key's metadata and versions; never material."""
         async with self._recorded(_Entry(ask, "get_key")) as entry:
-            return self._permitted(entry, "describe", key)
+            return await self._permitted(entry, "describe", key)
 
     async def list_keys(self, ask: Ask, wanted: ListFilter, *, after: uuid.UUID | None, limit: int) -> list[Key]:
         """The tenant's keys in the order of their ids."""
@@ -778,7 +783,8 @@ class Kms:
         slow: bool = False,
     ) -> Key:
         def decide(entry: _Entry) -> Key:
-            found = self._permitted(entry, action, key)
+            found = self.keystore.find(self._tenant(ask), key)
+            self._permit(entry, action, found)
             if alg is not None:
                 entry.facts["alg"] = alg
             if ask.if_match is not None and ask.if_match != found.kv:
@@ -907,7 +913,7 @@ class Kms:
     async def read_of_key(self, ask: Ask, op: str, action: str, key: str, read: Callable[[Key], T]) -> T:
         """Read something about a key of the caller's tenant, if the caller may. `read` may call the database."""
         async with self._recorded(_Entry(ask, op)) as entry:
-            found = self._permitted(entry, action, key)
+            found = await self._permitted(entry, action, key)
             return await asyncio.to_thread(read, found)
 
     async def change_of_key(
@@ -1363,9 +1369,9 @@ class Kms:
     def _tenant_of(self, ask: Ask) -> Resource:
         return TenantFacts(ask.caller.tenant) if ask.caller.tenant is not None else InstallationFacts()
 
-    def _permitted(self, entry: _Entry, action: str, name: str, *, version: int | None = None) -> Key:
+    async def _permitted(self, entry: _Entry, action: str, name: str, *, version: int | None = None) -> Key:
         """The caller's key of this name, if policy and state allow `action` with it; raises otherwise."""
-        found = self.keystore.find(self._tenant(entry.ask), name)
+        found = await self.at_hand.find(self._tenant(entry.ask), name)
         self._permit(entry, action, found, version=version)
         return found
 
@@ -1714,7 +1720,7 @@ class Kms:
             for touched in entry.touched:
                 self._thawed(touched)
             if changed and key is not None and wanted is not None:
-                fresh = self.keystore.by_id(key.id)
+                fresh = await self.at_hand.by_id(key.id)
                 check_use(fresh, entry.version or fresh.latest_number, wanted, now=self._clock())
         except Exception as error:  # frozen, stopped, destroyed, fenced or unknown now: all the same to the result
             await self.log.append(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import sqlalchemy.exc
+
 import audit.chain
 import audit.log
 import audit.proofs
@@ -16,6 +18,7 @@ import keystore
 import policy
 from policy.signed import RowsDamaged
 from service.approvals import ApprovalRefused, AuthenticatorCloned
+from service.database import DatabaseUnavailable
 from service.decisions import BundleLost, FactsLost
 from service.limits import RateLimited
 from service.rows import AppliedDamaged, AppliedMoved, ApprovalDamaged, NoSuchToken
@@ -144,6 +147,10 @@ OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
     audit.proofs.NotCovered: (ERROR, "checkpoint_pending"),
     audit.tree.Pruned: (FAILED, "record_archived"),
     audit.chain.Bad: (ERROR, "audit_damaged"),
+    DatabaseUnavailable: (ERROR, "database_unavailable"),
+    sqlalchemy.exc.OperationalError: (ERROR, "database_unavailable"),
+    sqlalchemy.exc.InterfaceError: (ERROR, "database_unavailable"),
+    sqlalchemy.exc.TimeoutError: (ERROR, "database_unavailable"),  # all its connections are in use
     audit.log.Unavailable: (ERROR, "audit_unavailable"),
     audit.log.Fenced: (ERROR, "audit_unavailable"),
 }

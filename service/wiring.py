@@ -472,6 +472,7 @@ async def kms_of(
             clock=now,
         ),
     )
+    stack.callback(kms.at_hand.close)
     return kms
 
 

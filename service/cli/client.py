@@ -57,6 +57,7 @@ EXIT: Final[Mapping[str, int]] = {
     "record_archived": CONFLICT,
     "audit_damaged": FAILED_CHECK,
     "freeze_unconfirmed": TEMPORARY,
+    "database_unavailable": TEMPORARY,
     "draining": TEMPORARY,
 }
 WHAT_TO_DO: Final[Mapping[str, str]] = {
@@ -76,6 +77,7 @@ WHAT_TO_DO: Final[Mapping[str, str]] = {
     "hsm_unavailable": "look at `skms hsm status`",
     "algorithm_not_supported_by_hsm": "`skms hsm status` lists what each HSM can hold",
     "frozen": "a security officer stopped this; `skms freeze show` tells more to the officers and auditors of the tenant",
+    "database_unavailable": "the node cannot ask its database: look whether it answers, and try again",
     "freeze_unconfirmed": "the node cannot read its freezes: look at its database, and at the alarms in its log",
     "policy_would_lock_out": "leave each power to somebody: a role in members.yaml, and a rule that permits it",
     "policy_stale": "look at `skms policy show`, bring the draft up to date with a higher version, and plan it anew",

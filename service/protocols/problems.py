@@ -159,6 +159,7 @@ ERRORS: Final[dict[str, Row]] = {
     "hsm_timeout": Row(504, "The HSM did not answer in time", True, 1),
     "hsm_unavailable": Row(503, "The HSM is not available", True, 1),
     "audit_unavailable": Row(503, "The audit log cannot be written", True, 2),
+    "database_unavailable": Row(503, "The database cannot be asked", True, 1),
     "audit_damaged": Row(500, "The stored audit log does not verify: call the operator"),
     "record_archived": Row(410, "These records are in the archive alone"),
     "checkpoint_pending": Row(503, "No checkpoint covers this yet", True, 1),

@@ -14,15 +14,18 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from msgspec import structs
 
 from audit.clock import confirmation
 from databases import address, behind, sqlite_only
-from harness import ROOT, Files, Lab, lab_of, skms, until, with_database
+from harness import ROOT, Files, Lab, lab_of, new_key, skms, until, with_database
 from postgres import Cluster
+from service.database import open_engine
 from service.serve import FENCED
 
 DEADLINE_S = 2.0
@@ -108,6 +111,45 @@ async def test_S_04_a_node_whose_PostgreSQL_hangs_answers_503_in_time_and_comes_
             mending.cancel()
             go_on(servers)
         await settled_key(lab)
+
+
+@pytest.mark.anyio
+async def test_S_04_a_key_that_the_database_must_be_asked_for_holds_up_who_asks_for_it_alone(
+    dev_files: Files, postgres: Cluster, tmp_path: Path
+) -> None:
+    section = structs.replace(dev_files.config.node, state_dir=tmp_path)
+    url = postgres.fresh("node")
+    config = structs.replace(
+        dev_files.config, node=section, database=structs.replace(dev_files.config.database, url=url)
+    )
+    async with lab_of(dataclasses.replace(dev_files, config=config)) as lab:
+        client, body = lab.client("health-eu-de-1"), {"plaintext": "eA=="}
+        warm, cold = await settled_key(lab), await new_key(lab, "AES_256")
+
+        async def used(key: str) -> tuple[int, str]:
+            answer = await client.post(f"/v1/keys/{key}/encrypt", json=body)
+            return answer.status_code, answer.json().get("code", "")
+
+        engine = open_engine(url)
+        with engine.begin() as connection:
+            connection.execute(sa.text("LOCK TABLE keystore_version"))  # uses cannot be counted ahead
+            first, others, begun = asyncio.create_task(used(cold)), 0, time.monotonic()
+            while not first.done():
+                assert await used(warm) == (200, "")
+                others += 1
+            assert time.monotonic() - begun < ANSWERED_S
+            assert await first == (503, "database_unavailable")
+            assert others > 20, "the event loop waited for the database"
+        engine.dispose()
+        await until_used(lambda: used(cold))
+
+
+async def until_used(use: Callable[[], Awaitable[tuple[int, str]]]) -> None:
+    """A thread whose caller went away may still wait for the database."""
+    deadline = time.monotonic() + 60
+    while (told := await use()) != (200, ""):
+        assert told == (503, "database_unavailable")
+        assert time.monotonic() < deadline
 
 
 def go_on(servers: list[str]) -> None:
