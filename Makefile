@@ -129,8 +129,8 @@ image: image-context ## build/sovereign-kms.oci.tar (docker buildx); BASE=…@sh
 
 lock: setup ## resolve dependencies anew
 	$(PY) -m pip install --quiet uv
-	.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 pyproject.toml --extra postgres -o requirements.lock
-	.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 pyproject.toml --extra postgres --extra dev -o requirements-dev.lock
+	.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 pyproject.toml --extra postgres --extra tracing -o requirements.lock
+	.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 pyproject.toml --extra postgres --extra tracing --extra dev -o requirements-dev.lock
 
 clean:
 	rm -rf .venv .dev build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

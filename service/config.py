@@ -263,6 +263,14 @@ class LogSection(Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class TracingSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """A collector for spans of requests (OTLP over HTTP). Without `url` there are none."""
+
+    url: Annotated[str, Meta(max_length=2_048)] = ""
+    ca: Path | None = None
+    sample: Annotated[float, Meta(ge=0, le=1)] = 0.01  # of requests whose caller does not say whether to
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole configuration. Paths are absolute, or relative to the file that named them."""
 
@@ -279,9 +287,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     audit: AuditSection = AuditSection()
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()
+    tracing: TracingSection = TracingSection()
 
 
-_PLAIN: Final = ("node", "listen", "database", "policy", "audit", "limits", "log")
+_PLAIN: Final = ("node", "listen", "database", "policy", "audit", "limits", "log", "tracing")
 
 
 def load(path: Path, *, environment: Mapping[str, str] = os.environ) -> Config:
@@ -357,6 +366,8 @@ def _consistent(config: Config, path: Path) -> None:
     if list(marks) != sorted(marks):
         raise ConfigInvalid(str(path), 0, "[audit]: disk_warn_percent <= disk_refuse_percent <= disk_stop_percent")
     _sinks_consistent(config, path)
+    if config.tracing.url and (wrong := _wrong_url(config.tracing.url, ("https",))):
+        raise ConfigInvalid(str(path), 0, f"[tracing] url: {wrong}")
     _approvers_consistent(config.approvals, path)
     _signers_consistent(config.policy.signer, path)
     for tenant, days in config.audit.tenant_retention_days.items():
@@ -425,25 +436,31 @@ def _sinks_consistent(config: Config, path: Path) -> None:
             raise ConfigInvalid(str(path), 0, f"[[audit.sink]] {sink.name}: {wrong}")
 
 
+def _wrong_url(url: str, schemes: tuple[str, ...]) -> str:
+    """What is wrong with a receiver's address; empty if nothing is. Where https:// will do, http:// will to this machine."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        return str(error)
+    web = "https" in schemes
+    local_agent = web and parts.scheme == "http" and host in _LOOPBACK
+    if (parts.scheme not in schemes and not local_agent) or not host or port == 0:
+        wanted = " or ".join(f"{scheme}://HOST[:PORT]" for scheme in schemes)
+        return f"expected {wanted}{' (http:// to this machine only)' if web else ''}"
+    if parts.username is not None or parts.password is not None:
+        return "no secret stands in a configuration: use token_file"
+    return ""
+
+
 def _wrong_with(sink: SinkSection, named: int) -> str:
     """What is wrong with a sink; empty if nothing is."""
-    try:
-        parts = urlsplit(sink.url)
-        host, scheme, port = parts.hostname or "", parts.scheme, parts.port
-    except ValueError as error:
-        return f"url: {error}"
-    schemes = _SCHEMES[sink.kind]
-    local_agent = scheme == "http" and sink.kind != "syslog" and host in _LOOPBACK
     if named > 1:
         return "two have this name: a position is stored by it"
-    if scheme == "udp":
+    if sink.url.startswith("udp:"):
         return "url: UDP loses messages without a trace (RFC 5426, 4.3): use tls:// or tcp://"
-    if (scheme not in schemes and not local_agent) or not host or port == 0:
-        return f"url: expected {' or '.join(s + '://HOST[:PORT]' for s in schemes)}" + (
-            "" if sink.kind == "syslog" else " (http:// to this machine only)"
-        )
-    if parts.username is not None or parts.password is not None:
-        return "url: no secret stands in a configuration: use token_file"
+    if wrong := _wrong_url(sink.url, _SCHEMES[sink.kind]):
+        return f"url: {wrong}"
     if (sink.certificate is None) != (sink.private_key is None):
         return "certificate and private_key come together"
     if sink.kind == "syslog" and sink.token_file is not None:

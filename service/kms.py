@@ -105,6 +105,7 @@ from service.outcome import (
 )
 from service.rows import ApiToken, ApiTokens, AppliedDamaged, AppliedRows, NewToken, Settings
 from service.shadow import Shadow
+from service.tracing import Traced, stage
 from service.transfers import Transfers, report
 from service.work import (
     Checked,
@@ -206,7 +207,8 @@ class Ask:
     request_id: str
     arrived: int  # microseconds
     client_request_id: str | None = None
-    trace: str | None = None
+    trace: str | None = None  # its id (W3C Trace Context)
+    traced: Traced | None = None  # its span, if there is one
     dry_run: bool = False
     reason: str | None = None  # of a control-plane request
     if_match: int | None = None
@@ -448,7 +450,9 @@ class Kms:
                 done.append((entry, value, error))
         given = [(self._record(entry, error), None if error else self._counting(entry)) for entry, _, error in done]
         results = []
-        for (entry, value, error), told in zip(done, await self.log.append_each(given), strict=True):
+        with stage("audit"):
+            recorded = await self.log.append_each(given)
+        for (entry, value, error), told in zip(done, recorded, strict=True):
             late: Exception | None
             if isinstance(told, ChangeFailed):
                 late, receipt = _cause(told), told.receipt
@@ -1632,13 +1636,16 @@ class Kms:
         return entry.ask.caller.places | self.places("/destination", entry.use.destination)
 
     async def _inside(self, key: Key, call: Callable[[], T]) -> T:
-        return await self._hsms.run(key.home, call, who=key.tenant)
+        with stage("hsm"):
+            return await self._hsms.run(key.home, call, who=key.tenant)
 
     async def _signing(self, key: Key, call: Callable[[], T]) -> T:
-        return await self._hsms.run(key.home, call, who=key.tenant, heavy=key.spec in _HEAVY)
+        with stage("hsm"):
+            return await self._hsms.run(key.home, call, who=key.tenant, heavy=key.spec in _HEAVY)
 
     async def _at(self, region: str, call: Callable[[], T], *, who: str | None = None, slow: bool = False) -> T:
-        return await self._hsms.run(region, call, who=who or "", slow=slow)
+        with stage("hsm"):
+            return await self._hsms.run(region, call, who=who or "", slow=slow)
 
     def _accepting(self, op: str) -> None:
         """Draining, or audit.log.Unavailable: what could not be recorded is not begun."""
@@ -1680,7 +1687,8 @@ class Kms:
             ask.counted = self._refusals.only_counted(ask.caller.source, record.why)
         if not ask.counted:
             change = self._counting(entry) if error is None else None
-            ask.receipt = await self.log.append(record, change=change)
+            with stage("audit"):
+                ask.receipt = await self.log.append(record, change=change)
 
     async def tell_refusals(self) -> None:
         """Record how many refusals were only counted since the last time; those that cannot be are kept for the next."""
@@ -1768,7 +1776,8 @@ class Kms:
         except Exception as error:
             ask.receipt = await self.log.append(self._record(entry, error))
             raise
-        await self.log.append(self._record(entry, None, kind=event.Intent))
+        with stage("audit"):
+            await self.log.append(self._record(entry, None, kind=event.Intent))
         done = _Entry(ask, op, **{**entry.facts, "intent": entry.id})
         done.key, done.decision, done.touched = entry.key, entry.decision, entry.touched
         home = region or (entry.key.home if entry.key is not None else self.region)
@@ -1801,9 +1810,10 @@ class Kms:
                 "region": made.key.home,
             }
         try:
-            ask.receipt = await self.log.append(
-                self._record(done, None, kind=event.Outcome), change=Change(write, made.applied)
-            )
+            with stage("audit"):
+                ask.receipt = await self.log.append(
+                    self._record(done, None, kind=event.Outcome), change=Change(write, made.applied)
+                )
         except ChangeFailed as failed:
             ask.receipt = failed.receipt
             raise _cause(failed) from failed

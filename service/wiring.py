@@ -110,6 +110,7 @@ from service.sovereignty import Sovereignty, follow
 from service.timekeeping import Timekeeper
 from service.timestamps import Timestamps
 from service.tlsfiles import TlsFiles
+from service.tracing import Tracing
 from service.turns import Turns
 from service.webauthn import Credential, decoded
 from service.witnesses import Witnesses, checked, post_quantum_of, pusher_of, witness_of
@@ -476,6 +477,15 @@ async def kms_of(
     return kms
 
 
+def tracing_of(config: Config, stack: contextlib.AsyncExitStack) -> Tracing | None:
+    """The tracer, where a collector is configured; it ends with the stack. TracingUnavailable without its packages."""
+    if not config.tracing.url:
+        return None
+    made = Tracing(config.tracing, node=config.node.name, region=config.node.region)
+    stack.push_async_callback(made.close)
+    return made
+
+
 @contextlib.asynccontextmanager
 async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int = 1) -> AsyncIterator[Node]:
     """A node that is ready to serve; leaving the block drains it and closes its chain. `clock` gives microseconds.
@@ -537,6 +547,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int =
             limits=Limits(config.limits.body, config.limits.batch_body),
             turns=turns_of(config.limits, observer),
             clock=clock,
+            tracing=tracing_of(config, stack),
         )
         graph = GraphWatch(kms, Settings(engine), containment, clock=clock)
         scheduler = Scheduler(kms, lease, owner=owner, clock=clock, nightly=graph.due)

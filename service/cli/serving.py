@@ -60,6 +60,7 @@ def serve(argv: Sequence[str]) -> int:
     from service.database import DatabaseUnusable
     from service.serve import run
     from service.tlsfiles import TlsFilesRefused
+    from service.tracing import TracingUnavailable
 
     try:
         return run(config, fd=arguments.fd, ready_fd=arguments.ready_fd, workers=arguments.among)
@@ -75,6 +76,7 @@ def serve(argv: Sequence[str]) -> int:
         AnchorUnusable,
         Unavailable,
         TlsFilesRefused,
+        TracingUnavailable,
     ) as error:
         print(f"skms serve: {error}", file=sys.stderr)
         return 1

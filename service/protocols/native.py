@@ -67,6 +67,7 @@ from service.quorum import Standing
 from service.requests import Observer
 from service.rows import Idempotency, InProgress, NewToken, Replay, Reused
 from service.sovereignty import Sovereignty
+from service.tracing import Tracing
 from service.turns import Turns
 from service.work import Work
 
@@ -1621,6 +1622,7 @@ class Native:
         limits: Limits,
         turns: Turns,
         clock: Callable[[], int],
+        tracing: Tracing | None = None,
     ) -> None:
         self.turns, self._refused = (
             turns,
@@ -1629,7 +1631,7 @@ class Native:
         self.kms, self.identity, self.idempotency, self.drills = kms, identity, idempotency, drills
         self.ways, self.granting, self.excepting = ways, granting, excepting
         self.containment, self.requests, self.policy_changes = containment, requests, policy_changes
-        self.sovereignty = sovereignty
+        self.sovereignty, self.tracing = sovereignty, tracing
         self.health, self.observer, self.limits, self._clock = health, observer, limits, clock
         self._exact = {(r.method, r.path): r for r in ROUTES if "{" not in r.path}
         self._patterns = [(r, _pattern(r.path)) for r in ROUTES if "{" in r.path]
@@ -1639,7 +1641,7 @@ class Native:
         ask = Ask(caller=ANONYMOUS, request_id=uuid7(arrived), arrived=arrived)
         source = (scope.get("client") or ("",))[0]
         route, path, allowed = self._route(scope)
-        answer: Reply | Problem
+        answer: Reply | Problem | None = None
         place: str | None = None
         try:
             try:
@@ -1664,6 +1666,14 @@ class Native:
         finally:
             if place is not None:
                 self.turns.leave(place)
+            if ask.traced is not None:
+                record = None if ask.receipt is None else f"{ask.receipt.log}/{ask.receipt.seq}"
+                ask.traced.end(
+                    None if answer is None else answer.status,
+                    request_id=ask.request_id,
+                    decision=ask.decision_id,
+                    record=record,
+                )
         self.observer.observe(ask, source, scope["method"], answer.status, self._clock())
 
     async def _admitted(self, ask: Ask, scope: Scope) -> str:
@@ -1709,6 +1719,8 @@ class Native:
         ask.client_request_id = client
         if (match := _TRACEPARENT.fullmatch(headers.get("traceparent", ""))) is not None:
             ask.trace = match.group(1)
+        if self.tracing is not None and not route.public:
+            self._begin(ask, route, None if match is None else match.group())
         query = _query(scope, route)
         ask.dry_run = query.get("dry_run") == "true"
         told = [] if route.public or route.anonymous else self.ways.announced(scope)
@@ -1721,6 +1733,15 @@ class Native:
         ask.if_match = _if_match(route, headers)
         digest = hashlib.sha256(f"{route.method} {scope['path']}\n".encode() + raw).digest()
         return Call(self, self.kms, ask, path, query, headers, body, digest)
+
+    def _begin(self, ask: Ask, route: Route, parent: str | None) -> None:
+        """The request's span, if it is sampled."""
+        assert self.tracing is not None
+        ask.traced = self.tracing.begin(
+            route.op, method=route.method, route=route.path, parent=parent, arrived=ask.arrived
+        )
+        if ask.traced is not None:
+            ask.trace = ask.traced.trace
 
     async def _read(self, route: Route, headers: Mapping[str, str], receive: Receive) -> bytes:
         """The body, counted while it arrives; PayloadTooLarge before it is in memory."""
