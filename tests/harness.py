@@ -259,9 +259,9 @@ def launch(files: Files, log: Path, *arguments: str) -> tuple[subprocess.Popen[b
 
 
 @contextlib.contextmanager
-def serving(files: Files, log: Path) -> Iterator[Served]:
+def serving(files: Files, log: Path, *arguments: str) -> Iterator[Served]:
     """`skms serve` with these files for the block."""
-    process, _ = launch(files, log)
+    process, _ = launch(files, log, *arguments)
     try:
         yield Served(files.directory, process, {**files.environment, "base_url": files.url})
     finally:

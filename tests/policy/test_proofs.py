@@ -343,4 +343,5 @@ def test_a_change_that_concerns_nobody_who_is_registered_is_none(tmp_path: Path,
     assert {change.kind for change in found} == changes
     for change in found:
         assert change.newly == "denied"
-        assert Policy.load(SHIPPED, sample=0).decide(change.witness).allowed
+        before = Policy.load(SHIPPED, sample=0).decide(change.witness)
+        assert before.allowed or before.rule_code == "SOV-TRANSFER"  # agreements on transfers are not in the formula

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import ROOT, served
+from harness import ROOT, prepared, served, serving
 
 SERVE = (
     "import resource, sys; from service.cli.serving import serve; "
@@ -41,7 +41,7 @@ def test_workers_leave_when_their_supervisor_is_killed_and_the_node_starts_again
         _, left = psutil.wait_procs(workers, 30)
         assert len(workers) == 2
         assert not left, "workers go on without a supervisor, on the port that the next one needs"
-    with served(tmp_path / "node", "--workers", "2") as again:  # as a service manager does, on the same port
-        assert again.url == node.url
+    with serving(prepared(tmp_path / "node"), tmp_path / "again.log", "--workers", "2") as again:
+        assert again.url == node.url  # as a service manager starts it: on the same port
         with again.client("health-operator") as client:
             assert client.get("/v1/whoami").status_code == 200
