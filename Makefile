@@ -1,6 +1,6 @@
 # `make demo` shows the product at work, `make test` proves it; both do all their set-up.
 PY := .venv/bin/python
-.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-growth bench-keys bench-openbao bench-overload bench-policy bench-propagation bench-search bench-shares bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
+.PHONY: setup demo test test-postgres nodes rolling crash mutations exit-drill faults soak serve lint bench bench-audit bench-freeze bench-growth bench-keys bench-openbao bench-overload bench-policy bench-propagation bench-prune bench-search bench-shares bench-verify restore-drill charter-edits policy-mutants policy-oracle policy-replay openapi go-verifier sbom wheel image-context image lock clean
 
 setup:
 	@sh deploy/setup.sh
@@ -74,6 +74,9 @@ bench-policy: setup ## decisions at 10 to 10,000 policies beside cedarpy, and a 
 
 bench-freeze: setup ## a freeze under load until the last worker obeys, 100 times
 	PYTHONPATH=.:tests $(PY) -m bench.freeze
+
+bench-prune: setup ## archived records deleted beside a writer that goes on, PostgreSQL
+	PYTHONPATH=.:tests $(PY) -m bench.prune $(ROWS)
 
 bench-propagation: setup ## until the last of four workers obeys: disable, enable, revoke, reload; TRIALS each (100)
 	TRIALS=$(or $(TRIALS),100) PYTHONPATH=.:tests $(PY) -m bench.propagation
