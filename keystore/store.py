@@ -958,9 +958,10 @@ class Keystore:
     def counted(self, key: Key, version: int | None = None) -> bool:
         """Whether one more use of a version (the latest one) can be counted without the database, or there is no such version."""
         number = key.latest_number if version is None else version
-        there = next((v.object_id for v in key.versions if v.number == number), None)
-        lease = None if there is None else self._leases.get(there)
-        return there is None or (lease is not None and lease.left > 0)
+        if not 1 <= number <= len(key.versions):
+            return True
+        lease = self._leases.get(key.version(number).object_id)
+        return lease is not None and lease.left > 0
 
     def count_ahead(self, wanted: Sequence[tuple[Key, int | None]]) -> Sequence[Exception | None]:
         """Let uses of versions be counted without the database for a while; a KeyLimitReached or KeyNotFound each, or None.

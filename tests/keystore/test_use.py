@@ -381,6 +381,23 @@ def test_suite_0x0002_refuses_at_its_limit_and_not_one_before(lab: Lab) -> None:
     assert lab.seal(rotated).version == 2
 
 
+def test_of_keys_that_are_counted_ahead_together_each_is_told_what_is_wrong_with_it(lab: Lab) -> None:
+    full, gone, good = lab.new(suite=2), lab.new(), lab.new()
+    lab.sql("UPDATE keystore_version SET uses = :u WHERE key_id = :k", u=STRICT_LIMIT, k=str(full.id))
+    lab.sql("DELETE FROM keystore_version WHERE key_id = :k", k=str(gone.id))
+    store = lab.worker()
+    assert not any(map(store.counted, (full, gone, good)))
+    told = store.count_ahead([(full, None), (gone, 1), (good, None)])
+    assert [type(error) for error in told] == [KeyLimitReached, KeyNotFound, type(None)]
+    assert [store.counted(key) for key in (full, gone, good)] == [False, False, True]
+    assert (uses(lab, full), uses(lab, good)) == (STRICT_LIMIT, 1_024)
+    lab.sql("DELETE FROM keystore_version WHERE key_id = :k", k=str(good.id))  # a use asks nobody any more
+    for _ in range(1_024):
+        assert store.counted(good)
+        store.seal(good, b"x", {})
+    assert not store.counted(good)
+
+
 def test_suite_0x0002_leases_2_to_the_20_and_0x0001_has_no_limit(lab: Lab) -> None:
     strict, single = lab.new(suite=2), lab.new()
     lab.seal(strict)
