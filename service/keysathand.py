@@ -58,21 +58,23 @@ class KeysAtHand:
 
     async def _count(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._waiting:
-            these, self._waiting = self._waiting, {}
-            wanted = [(key, number) for (_, number), (key, _) in these.items()]
-            wrong: Sequence[Exception | None]
-            try:
-                wrong = await loop.run_in_executor(self._counter, self._keystore.count_ahead, wanted)
-            except Exception as error:  # the database's: it is every waiter's
-                wrong = [error] * len(these)
-            for (_, told), refused in zip(these.values(), wrong, strict=True):
-                if refused is None:
-                    told.set_result(None)
-                else:
-                    told.set_exception(refused)
-                    told.exception()  # nobody may wait any more
-        self._counting = None
+        try:
+            while self._waiting:
+                these, self._waiting = self._waiting, {}
+                wanted = [(key, number) for (_, number), (key, _) in these.items()]
+                wrong: Sequence[Exception | None]
+                try:
+                    wrong = await loop.run_in_executor(self._counter, self._keystore.count_ahead, wanted)
+                except Exception as error:  # the database's: it is every waiter's
+                    wrong = [error] * len(these)
+                for (_, told), refused in zip(these.values(), wrong, strict=True):
+                    if refused is None:
+                        told.set_result(None)
+                    else:
+                        told.set_exception(refused)
+                        told.exception()  # nobody may wait any more
+        finally:
+            self._counting = None
 
     async def _read(self, ask: Callable[[], T]) -> T:
         return await _in_time(asyncio.get_running_loop().run_in_executor(self._readers, ask))

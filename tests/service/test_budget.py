@@ -189,6 +189,25 @@ async def test_requests_at_the_same_time_share_statements_commits_and_hand_overs
     assert fewest <= together // 8, "requests that wait together commit together"
 
 
+@pytest.mark.anyio
+async def test_keys_that_come_into_use_at_the_same_time_are_counted_together_and_off_the_event_loop(lab: Lab) -> None:
+    client, keys = lab.client("health-eu-de-1"), [await new_key(lab, "AES_256") for _ in range(24)]
+    commits = Counter[str]()
+
+    def committed(_: Any) -> None:
+        commits[threading.current_thread().name.partition("_")[0]] += 1
+
+    sa.event.listen(sa.Engine, "commit", committed)
+    try:
+        with counted() as work:
+            answers = await asyncio.gather(*(client.post(f"/v1/keys/{key}/encrypt", json=ONE) for key in keys))
+    finally:
+        sa.event.remove(sa.Engine, "commit", committed)
+    assert {answer.status_code for answer in answers} == {200}
+    assert 1 <= commits["uses"] <= len(keys) // 4, commits
+    assert work.statements["loop"] == 0
+
+
 @sqlite_only
 def test_one_commit_is_one_sync_of_the_disk(node: Served, tmp_path: Path) -> None:
     log, requests = tmp_path / "synced", 60
