@@ -76,7 +76,7 @@ class Writer:
 def main() -> int:
     """Print the table."""
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
-    with tempfile.TemporaryDirectory() as made, cluster(parent=Path(made), settings="max_wal_size = 4GB") as server:
+    with cluster(parent=Path(tempfile.gettempdir()), settings="max_wal_size = 4GB") as server:
         engine = open_engine(server.fresh("prune"))
         migrate(engine, lock_dir=server.directory)
         filled(engine, rows)
