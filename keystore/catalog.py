@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from keystore.hsm import HsmUnavailable, Material, RowDamaged
 from keystore.key import (
@@ -306,6 +306,9 @@ class Uses:
     number: int
     count: int
     limit: int | None = None
+
+
+_LOCKED: Final = frozenset({"55P03", "40P01"})  # PostgreSQL: lock_not_available, deadlock_detected
 
 
 def _leased(c: Connection, wanted: Uses) -> int | None:
@@ -733,11 +736,28 @@ class Catalog:
         """
         granted = dict[Uses, int | None]()
         with self._engine.begin() as c:
+            if c.dialect.name == "postgresql":  # somebody's open transaction must not stop the counting of all keys
+                c.execute(sa.text("SET LOCAL lock_timeout = '1s'"))
             for one in sorted(
                 wanted, key=lambda w: (w.key_id, w.number)
             ):  # in one order, or two workers block each other
                 granted[one] = _leased(c, one)
         return [granted[one] for one in wanted]
+
+    def lease_each(self, wanted: Sequence[Uses]) -> list[int | Exception | None]:
+        """As `lease_uses`; if a row is locked, or workers block each other, each by itself, with an error where it cannot be."""
+        try:
+            return list(self.lease_uses(wanted))
+        except OperationalError as error:
+            if len(wanted) < 2 or getattr(error.orig, "sqlstate", None) not in _LOCKED:
+                raise
+        found = list[int | Exception | None]()
+        for one in wanted:
+            try:
+                found += self.lease_uses([one])
+            except OperationalError as error:
+                found.append(error)
+        return found
 
     # ---- imports ---------------------------------------------------------------------------------------------
 

@@ -281,13 +281,13 @@ def _key_id(name: str) -> uuid.UUID:
     return key_id
 
 
-def _block(key: Key, number: int) -> Uses:
-    """How many uses of a version are counted at a time."""
+def _block(key: Key, number: int, least: int = 1) -> Uses:
+    """How many uses of a version are counted at a time, at least what waits for them."""
     strict = key.suite == ev.STRICT
     block = _STRICT_BLOCK if strict else _BLOCK
     if key.rotation.max_uses is not None:
         block = max(1, min(block, key.rotation.max_uses // _LEASES_PER_ROTATION))
-    return Uses(key.id, number, block, STRICT_LIMIT if strict else None)
+    return Uses(key.id, number, max(block, least), STRICT_LIMIT if strict else None)
 
 
 @dataclass(slots=True)
@@ -963,18 +963,20 @@ class Keystore:
         lease = self._leases.get(key.version(number).object_id)
         return lease is not None and lease.left > 0
 
-    def count_ahead(self, wanted: Sequence[tuple[Key, int | None]]) -> Sequence[Exception | None]:
-        """Let uses of versions be counted without the database for a while; a KeyLimitReached or KeyNotFound each, or None.
+    def count_ahead(self, wanted: Sequence[tuple[Key, int, int]]) -> Sequence[Exception | None]:
+        """Let uses of versions be counted without the database for a while: at least so many of each.
 
-        One transaction for all: many keys that come into use together would wait for each other's.
+        What is wrong with each, or None: KeyLimitReached, KeyNotFound, an error of the database. One transaction for all,
+        since many keys that come into use together would wait for each other's.
         """
-        numbered = [(key, key.latest_number if number is None else number) for key, number in wanted]
-        granted = self._catalog.lease_uses([_block(key, number) for key, number in numbered])
+        granted = self._catalog.lease_each([_block(key, number, least) for key, number, least in wanted])
         told = list[Exception | None]()
-        for (key, number), uses in zip(numbered, granted, strict=True):
+        for (key, number, _), uses in zip(wanted, granted, strict=True):
             try:
+                if isinstance(uses, Exception):
+                    raise uses
                 leased = self._granted(key, number, uses)
-            except (KeyLimitReached, KeyNotFound) as error:
+            except Exception as error:
                 told.append(error)
                 continue
             lease = self._lease_of(key, number)

@@ -34,7 +34,7 @@ class DatabaseUnusable(Exception):
 
 
 class DatabaseUnavailable(Exception):
-    """The database does not answer just now; nothing was done."""
+    """The database does not answer just now."""
 
 
 def open_engine(url: str) -> Engine:

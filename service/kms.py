@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -214,6 +214,7 @@ class Ask:
     if_match: int | None = None
     remember: Callable[[Connection, Any], None] | None = None  # stores an idempotent answer with the change
     receipt: Receipt | None = None
+    executed: bool = False  # a change is committed, whatever comes after it
     counted: bool = False  # refused, and counted instead of recorded: see `Refusals`
     decision_id: str | None = None
     decision: Decision | None = None
@@ -226,6 +227,7 @@ class _Entry:
 
     __slots__ = (
         "ask",
+        "beside",
         "context",
         "decision",
         "facts",
@@ -250,6 +252,7 @@ class _Entry:
         self.memo: _Memo | None = None
         self.refused: tuple[str, str] | None = None  # (out, why) of a request refused before it reached `Kms`
         self.key: Key | None = None
+        self.beside: Key | None = None  # another one that the result is made under
         self.version: int | None = None
         self.wanted: Direction | None = None
         self.touched: tuple[Touched, ...] = ()  # what a freeze may stop
@@ -261,6 +264,13 @@ class _Entry:
         entry = cls(ask, work.op, use=work.use, in_len=work.size, **facts)
         entry.context = work.context
         return entry
+
+    def uses(self) -> Iterator[tuple[Key, int | None, Direction]]:
+        """The keys that the result comes of: which version (the latest), and in which direction."""
+        if self.key is not None and self.wanted is not None:
+            yield self.key, self.version, self.wanted
+        if self.beside is not None:
+            yield self.beside, None, "protect"
 
     def used(self, version: int, *, alg: str | None = None, out_len: int | None = None) -> None:
         """Note what the HSM did."""
@@ -452,13 +462,15 @@ class Kms:
         results = []
         with stage("audit"):
             recorded = await self.log.append_each(given)
-        for (entry, value, error), told in zip(done, recorded, strict=True):
-            late: Exception | None
-            if isinstance(told, ChangeFailed):
-                late, receipt = _cause(told), told.receipt
-            else:
-                late, receipt = error or await self._withhold(entry), told
-            ask.receipt = receipt
+        failed = [
+            _cause(told) if isinstance(told, ChangeFailed) else error
+            for (_, _, error), told in zip(done, recorded, strict=True)
+        ]
+        good = [place for place, error in enumerate(failed) if error is None]
+        withheld = dict(zip(good, await self._withheld([done[place][0] for place in good]), strict=True))
+        for place, ((entry, value, _), told) in enumerate(zip(done, recorded, strict=True)):
+            late = failed[place] or withheld[place]
+            ask.receipt = receipt = told.receipt if isinstance(told, ChangeFailed) else told
             results.append(ItemResult(None if late is not None else value, late, receipt, entry.id, entry.decision))
         return batch_id, results
 
@@ -506,6 +518,7 @@ class Kms:
         target = source
         if work.to_key is not None:
             target = await self.at_hand.find(self._tenant(entry.ask), work.to_key)
+            source = self.keystore.by_id_at_hand(source.id) or source  # it may have changed meanwhile
         if target.id == source.id:
             contexts = (work.context, work.context if work.to_context is None else work.to_context)
             self._permit(entry, "rewrap", source, version=envelope.version, contexts=contexts)
@@ -518,6 +531,7 @@ class Kms:
             made_under = work.context if work.to_context is None else work.to_context
             self._permit(entry, "encrypt", target, contexts=(made_under,))
             self._permit(entry, "reEncrypt", source, version=envelope.version, target=copies, leaving=leaving)
+            entry.beside = target
         self._go(entry)
         purpose = envelope.purpose
         if purpose not in {Purpose.ENCRYPT, Purpose.DATAKEY}:
@@ -610,7 +624,7 @@ class Kms:
             raise InvalidCiphertext
         if expect_key is not None and (await self.at_hand.find(found.tenant, expect_key)).id != found.id:
             raise IncorrectKey
-        return envelope, found
+        return envelope, self.keystore.by_id_at_hand(found.id) or found  # it may have changed meanwhile
 
     # ---- keys: reading -----------------------------------------------------------------------------------------
 
@@ -1675,7 +1689,7 @@ class Kms:
         except ChangeFailed as failed:
             ask.receipt = failed.receipt
             raise _cause(failed) from failed
-        late = await self._withhold(entry)
+        (late,) = await self._withheld([entry])
         if late is not None:
             raise late
 
@@ -1712,12 +1726,43 @@ class Kms:
             finally:
                 refusals.give_back(counted)
 
-    async def _withhold(self, entry: _Entry) -> Exception | None:
-        """The reason not to release a recorded result: it was stopped while the record became durable."""
-        key, wanted = entry.key, entry.wanted
-        changed = key is not None and wanted is not None and not self.keystore.current(key)
+    async def _withheld(self, entries: Sequence[_Entry]) -> list[Exception | None]:
+        """The reason not to release each recorded result: it was stopped while its record became durable.
+
+        A row that changed is read again, and what is stopped is recorded; then all the others are looked at once more. Nothing
+        waits between the last look and the return: no result leaves after a stop that this worker has acknowledged.
+        """
+        late: list[Exception | None] = [None] * len(entries)
+        rows: dict[uuid.UUID, Key] = {}  # as they are now, of keys that changed
+        while True:
+            open_ = [place for place, reason in enumerate(late) if reason is None]
+            found = [(place, self._stopped(entries[place], rows)) for place in open_]
+            if all(reason is None for _, reason in found):
+                return late
+            for place, reason in found:
+                if isinstance(reason, uuid.UUID):
+                    late[place] = await self._read_again(entries[place], reason, rows)
+                elif reason is not None:
+                    late[place] = await self._note_withheld(entries[place], reason)
+
+    async def _read_again(self, entry: _Entry, key_id: uuid.UUID, rows: dict[uuid.UUID, Key]) -> Exception | None:
+        try:
+            rows[key_id] = await self.at_hand.by_id(key_id)
+        except Exception as error:  # unknown now, or nobody can say
+            return await self._note_withheld(entry, error)
+        return None
+
+    def _stopped(self, entry: _Entry, rows: Mapping[uuid.UUID, Key]) -> Exception | uuid.UUID | None:
+        """Why a result must not leave: frozen, disabled, destroyed, fenced, ungranted; or a key whose row is to be read first."""
+        fresh: list[tuple[Key, int | None, Direction]] = []
+        for key, version, wanted in entry.uses():
+            row = rows.get(key.id, key)
+            if not self.keystore.current(row):
+                return key.id
+            if row is not key:
+                fresh.append((row, version, wanted))
         crossed = entry.decision is not None and crosses(entry.decision)
-        if not changed and not crossed and not entry.touched:
+        if not fresh and not crossed and not entry.touched:
             return None
         try:
             held = all(map(self.grants.still, entry.grants)) and all(map(self.exceptions.still, entry.waivers))
@@ -1727,22 +1772,24 @@ class Kms:
                 self._still_agreed(entry.decision)
             for touched in entry.touched:
                 self._thawed(touched)
-            if changed and key is not None and wanted is not None:
-                fresh = await self.at_hand.by_id(key.id)
-                check_use(fresh, entry.version or fresh.latest_number, wanted, now=self._clock())
-        except Exception as error:  # frozen, stopped, destroyed, fenced or unknown now: all the same to the result
-            await self.log.append(
-                event.Withheld(
-                    id=uuid4(),
-                    ts=self._clock(),
-                    node=self.node,
-                    tenant=entry.ask.caller.tenant,
-                    intent=entry.id,
-                    why=outcome_of(error)[1],
-                )
-            )
+            for row, version, wanted in fresh:
+                check_use(row, version or row.latest_number, wanted, now=self._clock())
+        except Exception as error:
             return error
         return None
+
+    async def _note_withheld(self, entry: _Entry, reason: Exception) -> Exception:
+        await self.log.append(
+            event.Withheld(
+                id=uuid4(),
+                ts=self._clock(),
+                node=self.node,
+                tenant=entry.ask.caller.tenant,
+                intent=entry.id,
+                why=outcome_of(reason)[1],
+            )
+        )
+        return reason
 
     async def _control(
         self,
@@ -1817,6 +1864,7 @@ class Kms:
         except ChangeFailed as failed:
             ask.receipt = failed.receipt
             raise _cause(failed) from failed
+        ask.executed = True
 
     def _record(self, entry: _Entry, error: Exception | None, *, kind: type[Any] = event.Op) -> Any:
         ask, caller, now = entry.ask, entry.ask.caller, self._clock()

@@ -149,7 +149,6 @@ OUTCOMES: Final[dict[type[BaseException], tuple[str, str]]] = {
     audit.chain.Bad: (ERROR, "audit_damaged"),
     DatabaseUnavailable: (ERROR, "database_unavailable"),
     sqlalchemy.exc.OperationalError: (ERROR, "database_unavailable"),
-    sqlalchemy.exc.InterfaceError: (ERROR, "database_unavailable"),
     sqlalchemy.exc.TimeoutError: (ERROR, "database_unavailable"),  # all its connections are in use
     audit.log.Unavailable: (ERROR, "audit_unavailable"),
     audit.log.Fenced: (ERROR, "audit_unavailable"),
@@ -162,6 +161,8 @@ def outcome_of(error: BaseException) -> tuple[str, str]:
         return DENIED, error.decision.code
     if isinstance(error, audit.log.ChangeFailed) and error.__cause__ is not None:
         return outcome_of(error.__cause__)
+    if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
+        return OUTCOMES[DatabaseUnavailable]
     for kind in type(error).__mro__:
         if kind in OUTCOMES:
             return OUTCOMES[kind]

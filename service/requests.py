@@ -655,6 +655,14 @@ class Observer:
         """An exception nobody expected: its place goes to the log under the request's id, its text nowhere."""
         log.error("internal error", extra={"facts": {"request_id": ask.request_id, "exception": where(error)}})
 
+    def unasked(self, what: str, error: BaseException) -> None:
+        """The database refused, or did not answer: where, and with which code."""
+        refused = getattr(error, "orig", None)
+        code = getattr(refused, "sqlstate", None) or getattr(refused, "sqlite_errorname", None)
+        log.warning(
+            "the database was asked in vain", extra={"facts": {"op": what, "code": code, "exception": where(error)}}
+        )
+
     def exposition(self) -> bytes:
         """The metrics of the node in Prometheus text format, whichever of its workers is asked."""
         self.refresh()

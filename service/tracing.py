@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -116,6 +117,10 @@ class Tracing:
             span.set_status(self._api.StatusCode.ERROR)
 
     async def close(self) -> None:
-        """Send what is left, and end."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.to_thread(self._provider.shutdown), SEND_S)
+        """Send what is left, and end; a collector that does not answer is waited for SEND_S seconds."""
+        # The SDK waits for half a minute, and a thread of the loop's executor is waited for at the end of the process.
+        ending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        ending.start()
+        until = time.monotonic() + SEND_S
+        while ending.is_alive() and time.monotonic() < until:  # noqa: ASYNC110 - a thread, no event
+            await asyncio.sleep(0.02)

@@ -1797,9 +1797,16 @@ class Native:
         try:
             return await route.handler(call)
         except BaseException:
-            if call.claim is not None:
-                self.idempotency.abandon(*call.claim)
+            if call.claim is not None and not call.ask.executed:
+                await self._give_back(call.claim)
             raise
+
+    async def _give_back(self, claim: tuple[str, str, str]) -> None:
+        """Let the Idempotency-Key be used again; if the database refuses even that, it is so once the claim has ended."""
+        try:
+            await asyncio.to_thread(self.idempotency.abandon, *claim)
+        except Exception as error:  # the request failed for another reason, and that one is told
+            self.observer.unasked("idempotency key", error)
 
     async def _failed(self, ask: Ask, route: Route | None, source: str, error: Exception) -> Reply | Problem:
         """The answer to a request that failed; if nothing recorded it yet, it is recorded now."""
@@ -1834,7 +1841,9 @@ class Native:
             self.observer.conflict(ask, error.reason)
         if code == "internal":
             self.observer.crash(ask, error)
-        return problem_of(error, request_id=ask.request_id, decision_id=ask.decision_id)
+        elif code == "database_unavailable":
+            self.observer.unasked(route.op if route is not None else "none", error)
+        return problem_of(error, request_id=ask.request_id, decision_id=ask.decision_id, executed=ask.executed)
 
     async def _send(self, send: Send, ask: Ask, answer: Reply | Problem) -> None:
         headers: list[tuple[str, str]] = [("x-request-id", ask.request_id)]

@@ -184,18 +184,23 @@ def problem(
     request_id: str,
     decision_id: str | None = None,
     executed: bool = False,
+    again: bool = True,
     retry_after: int | None = None,
     headers: tuple[tuple[str, str], ...] = (),
     **extra: object,
 ) -> Problem:
-    """The problem of a code; `retry_after` (seconds) where the error knows better than its row."""
+    """The problem of a code; `retry_after` (seconds) where the error knows better than its row.
+
+    Unless `again`, it is not to be retried, whatever its row says.
+    """
     row = ERRORS[code]
+    retryable = row.retryable and again
     body: dict[str, Any] = {
         "type": f"urn:skms:problem:{code}",
         "title": row.title,
         "status": row.status,
         "code": code,
-        "retryable": row.retryable,
+        "retryable": retryable,
         "executed": executed,
         "request_id": request_id,
     }
@@ -204,18 +209,23 @@ def problem(
     body |= {k: v for k, v in extra.items() if v is not None}
     told = list(headers)
     wait = row.retry_after if retry_after is None else retry_after
-    if row.retryable and wait is not None:
+    if retryable and wait is not None:
         told.append(("retry-after", str(wait)))
     if code == "unauthenticated":
         told.append(("www-authenticate", 'Bearer realm="skms"'))
     return Problem(row.status, body, tuple(told))
 
 
-def problem_of(error: BaseException, *, request_id: str, decision_id: str | None = None) -> Problem:
-    """The problem of an exception; one that nobody expected says nothing but `internal`."""
+def problem_of(
+    error: BaseException, *, request_id: str, decision_id: str | None = None, executed: bool = False
+) -> Problem:
+    """The problem of an exception; one that nobody expected says nothing but `internal`.
+
+    `executed` says that the operation took place before it: then nobody is told to ask again.
+    """
     _, code = meaning(error)
     extra: dict[str, object] = {}
-    executed, wait = False, None
+    done, wait = executed, None
     told: tuple[tuple[str, str], ...] = ()
     match error:
         case policy.Denied():
@@ -259,15 +269,22 @@ def problem_of(error: BaseException, *, request_id: str, decision_id: str | None
         case keystore.HsmFault():
             extra = {"ckr": error.ckr}
         case keystore.HsmUnavailable():
-            extra, executed, wait = {"ckr": error.ckr or None}, error.executed, error.retry_after
+            extra, executed, wait = {"ckr": error.ckr or None}, done or error.executed, error.retry_after
         case RateLimited() | Overloaded():
             wait, told = error.retry_after, error.told
         case Unavailable():
-            executed = error.executed
+            executed = done or error.executed
         case _:
             pass
     return problem(
-        code, request_id=request_id, decision_id=decision_id, executed=executed, retry_after=wait, headers=told, **extra
+        code,
+        request_id=request_id,
+        decision_id=decision_id,
+        executed=executed,
+        again=not done,
+        retry_after=wait,
+        headers=told,
+        **extra,
     )
 
 

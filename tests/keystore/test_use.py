@@ -387,7 +387,7 @@ def test_of_keys_that_are_counted_ahead_together_each_is_told_what_is_wrong_with
     lab.sql("DELETE FROM keystore_version WHERE key_id = :k", k=str(gone.id))
     store = lab.worker()
     assert not any(map(store.counted, (full, gone, good)))
-    told = store.count_ahead([(full, None), (gone, 1), (good, None)])
+    told = store.count_ahead([(full, 1, 1), (gone, 1, 1), (good, 1, 1)])
     assert [type(error) for error in told] == [KeyLimitReached, KeyNotFound, type(None)]
     assert [store.counted(key) for key in (full, gone, good)] == [False, False, True]
     assert (uses(lab, full), uses(lab, good)) == (STRICT_LIMIT, 1_024)

@@ -208,6 +208,15 @@ async def test_keys_that_come_into_use_at_the_same_time_are_counted_together_and
     assert work.statements["loop"] == 0
 
 
+@pytest.mark.anyio
+async def test_a_key_whose_uses_are_counted_one_by_one_is_counted_off_the_event_loop_too(lab: Lab) -> None:
+    client, key = lab.client("health-eu-de-1"), await new_key(lab, "AES_256", rotation={"max_uses": 64})
+    with counted() as work:
+        answers = await asyncio.gather(*(client.post(f"/v1/keys/{key}/encrypt", json=ONE) for _ in range(16)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert work.statements["loop"] == 0
+
+
 @sqlite_only
 def test_one_commit_is_one_sync_of_the_disk(node: Served, tmp_path: Path) -> None:
     log, requests = tmp_path / "synced", 60

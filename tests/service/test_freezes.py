@@ -6,16 +6,17 @@ import asyncio
 import base64
 import dataclasses
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from msgspec import structs
 
 from databases import address, behind, empty
-from harness import Files, Lab, lab_of, new_key
+from harness import Files, Lab, lab_of, new_key, until
 from policy import Freeze, Scope
 from policy.freeze import MODES
 from policy.rows import FreezeRows
@@ -57,6 +58,33 @@ async def stop(
 ) -> httpx.Response:
     body = {"scope": {"kind": kind, "value": value}, "reason": INCIDENT, "mode": mode}
     return await lab.client(who).post("/v1/freezes", json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
+
+
+@pytest.mark.anyio
+async def test_no_result_leaves_after_a_freeze_that_came_while_the_row_of_its_key_was_read_again(
+    dev_files: Files, postgres: Cluster, tmp_path: Path
+) -> None:
+    url = postgres.fresh("freezing")
+    async with lab_of(at(dev_files, tmp_path, url=url)) as lab:
+        key, store = await new_key(lab, "AES_256"), lab.node.kms.keystore
+        path, client = f"/v1/keys/{key}/encrypt", lab.client("health-eu-de-1")
+        assert (await client.post(path, json={"plaintext": B64})).status_code == 200
+        engine = open_engine(url)
+        with engine.connect() as log, engine.connect() as keys:
+            log.execute(sa.text("LOCK TABLE audit_batch IN SHARE MODE"))  # no record becomes durable
+            using = asyncio.create_task(client.post(path, json={"plaintext": B64}))
+            await asyncio.sleep(0.3)
+            behind(url, "UPDATE keystore_epoch SET epoch = epoch + 1")  # as if another worker had changed some key
+            await until(lambda: store.by_id_at_hand(uuid.UUID(key)) is None, "the change was not noticed")
+            keys.execute(sa.text("LOCK TABLE keystore_key"))  # the row can be read once this ends
+            log.rollback()
+            frozen = await contained(lab, await stop(lab, "tenant", "health"))
+            assert frozen["contained_at"]
+            keys.rollback()
+        engine.dispose()
+        answer = await using
+        assert (answer.status_code, answer.json()["code"]) in {(423, "frozen"), (503, "database_unavailable")}
+        assert "ciphertext" not in answer.json()
 
 
 class Made:
@@ -270,7 +298,7 @@ async def test_nothing_in_flight_is_released_after_the_acknowledgement(frozen_la
                 released.append(loop.time())
 
     users = [asyncio.create_task(use()) for _ in range(8)]
-    await until(lambda: bool(released))
+    await until(lambda: bool(released), "nothing was released")
     await contained(lab, await stop(lab, "key", made.aes))
     acknowledged = loop.time()
     await asyncio.sleep(0.3)
@@ -297,7 +325,7 @@ async def test_a_worker_that_cannot_read_the_freezes_serves_nothing_once_its_lea
         assert freezes.age_s > 3
     finally:
         behind(url, "ALTER TABLE elsewhere RENAME TO policy_freeze")
-    await until(lambda: freezes.age_s is not None and freezes.age_s < 1)
+    await until(lambda: freezes.age_s is not None and freezes.age_s < 1, "the freezes are not read")
     assert (await made.encrypt()).status_code == 200
 
 
@@ -319,20 +347,12 @@ async def test_a_drill_stops_a_canary_measures_and_lifts_itself(frozen_lab: Lab)
     assert told["lifted_at"] is not None
     assert 0 < told["seconds_to_contain"] < 60
     assert told["last_success"]["key"] == made.aes
-    await until(lambda: told["id"] not in {f.id for f in lab.node.kms.freezes.now.freezes})
+    await until(lambda: told["id"] not in {f.id for f in lab.node.kms.freezes.now.freezes}, "it is still in force")
     assert (await made.encrypt()).status_code == 200
     assert (await drill(made.hmac)).status_code == 201  # another canary, which an officer had stopped before
     assert kept["id"] in {f.id for f in lab.node.kms.freezes.now.freezes}
     (ended,) = lab.node.kms.search.records(op="lift_drill", out="ok", limit=1)
     assert ended.record["actor"].endswith("officer")
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    for _ in range(3_000):
-        if holds():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not come about")
 
 
 @pytest.mark.anyio
@@ -344,7 +364,7 @@ async def test_A_18_freezes_changed_by_sql_stop_everything(dev_files: Files, tmp
         for value in ("a", "b", "c"):
             assert (await stop(lab, "caller", value)).status_code == 201
         behind(url, "DELETE FROM policy_freeze WHERE epoch = 3")
-        await until(lambda: bool(lab.node.kms.freezes.damaged))
+        await until(lambda: bool(lab.node.kms.freezes.damaged), "the damage was not noticed")
         assert (await made.encrypt()).json()["code"] == "freeze_unconfirmed"
         assert (await lab.client("platform").get("/readyz")).status_code == 503
     use = (f"/v1/keys/{made.aes}/encrypt", {"plaintext": B64})

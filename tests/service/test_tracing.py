@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import socket
 import subprocess
 import sys
 import threading
@@ -19,11 +20,11 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from harness import ROOT, Files, Lab, lab_of, new_key, with_database
+from harness import ROOT, Files, Lab, lab_of, new_key, prepare_apart, serving, with_database
 from receivers import Pki
 from service.config import ConfigInvalid, TracingSection, load
 from service.dev import free_port
-from service.tracing import Tracing, TracingUnavailable
+from service.tracing import SEND_S, Tracing, TracingUnavailable
 
 BODY = {"plaintext": "c2VjcmV0", "context": {"row": "in-confidence"}}
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -161,6 +162,23 @@ async def test_a_collector_that_cannot_be_reached_costs_no_request(dev_files: Fi
             for _ in range(20):
                 await encrypted(lab, key)
         assert not collector.spans  # its certificate is of an authority that nobody named
+
+
+def test_a_collector_that_never_answers_holds_up_no_end_of_a_worker(tmp_path: Path) -> None:
+    files = prepare_apart(tmp_path / "node")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1/traces"
+        text = files.config_file.read_text()
+        files.config_file.write_text(f'{text}\n[tracing]\nurl = "{url}"\nsample = 1\n')
+        with serving(files, tmp_path / "node.log") as node:
+            with node.client("health-eu-de-1") as client:
+                for _ in range(1_200):  # more than two deliveries
+                    client.get("/v1/whoami").raise_for_status()
+            begun = time.monotonic()
+            node.process.terminate()
+            assert node.process.wait(60) == 0
+            took = time.monotonic() - begun
+        assert took < SEND_S + 10, took  # the SDK's own half a minute would be more
 
 
 def test_without_a_collector_nothing_of_it_is_loaded() -> None:
