@@ -8,9 +8,11 @@ import time
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError
 
 from harness import until
 from keystore import HsmFault, HsmLocked, HsmTimeout, HsmUnavailable
+from service.database import DatabaseUnavailable
 from service.hsmcalls import HsmCalls
 from service.protocols.problems import problem_of
 
@@ -155,3 +157,22 @@ def test_a_fault_of_the_device_is_a_5xx_that_says_what_happened(
     assert dict(told.headers)["retry-after"] == wait
     assert told.body.get("ckr") == ckr
     assert "down" not in str(told.body)  # never the text of an exception
+
+
+@pytest.mark.parametrize(
+    "error", [HsmUnavailable("away"), DatabaseUnavailable("away"), OperationalError("", {}, Exception())]
+)
+def test_what_failed_after_a_change_was_committed_says_so_and_asks_for_no_second_one(error: Exception) -> None:
+    told = {done: problem_of(error, request_id="r", executed=done) for done in (False, True)}
+    assert [(told[done].status, told[done].body["executed"], told[done].body["retryable"]) for done in told] == [
+        (503, False, True),
+        (503, True, False),
+    ]
+    assert [name for done in told for name, _ in told[done].headers if name == "retry-after"] == ["retry-after"]
+
+
+def test_a_bug_in_a_statement_is_not_taken_for_a_database_that_is_away() -> None:
+    for error in ProgrammingError("", {}, Exception()), InterfaceError("", {}, Exception()):
+        assert problem_of(error, request_id="r").body["code"] == "internal"
+    lost = InterfaceError("", {}, Exception(), connection_invalidated=True)
+    assert problem_of(lost, request_id="r").body["code"] == "database_unavailable"
