@@ -85,7 +85,8 @@ class KeysAtHand:
                 for one in these:
                     if self._keystore.counted(one.key, one.number):  # the round before was in time for it
                         one.end(None)
-                these = [one for one in these if not one.told.done()]
+                if not (these := [one for one in these if not one.told.done()]):
+                    continue
                 wanted = [(one.key, one.number, one.uses) for one in these]
                 wrong: Sequence[Exception | None]
                 try:

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
+import sqlalchemy as sa
 from keystore_lab import ROOT_KEK, Lab, new_key
+from sqlalchemy.exc import OperationalError
 
 from keystore import AliasInUse, Envelope, HsmUnavailable, Plan, Purpose, Rotation, StaleKey
 from postgres import Cluster
@@ -100,6 +102,18 @@ def test_leases_and_audit_keys_of_racing_workers_are_right(pg: Lab) -> None:
     assert pg.catalog.key(key.id).latest.uses == 200
     assert together(*(lambda s=s: s.tenant_secret("acme") for s in stores)) == {"done": 4}
     assert len({s.tenant_secret("acme") for s in stores}) == 1
+
+
+def test_a_row_that_somebody_has_locked_keeps_no_other_key_from_being_counted(pg: Lab) -> None:
+    held, good = pg.new(), pg.new()
+    store = pg.worker()
+    with pg.engine.connect() as connection:
+        locked = sa.text("SELECT FROM keystore_version WHERE key_id = :key FOR UPDATE")
+        connection.execute(locked, {"key": str(held.id)})
+        told = store.count_ahead([(held, 1, 1), (good, 1, 1)])
+        assert [type(error) for error in told] == [OperationalError, type(None)]
+        assert (store.counted(held), store.counted(good)) == (False, True)
+    assert store.count_ahead([(held, 1, 3)]) == [None]
 
 
 def test_a_retired_root_kek_wraps_nothing_any_more_however_late_a_worker_is(postgres: Cluster) -> None:
