@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from service.config import TracingSection
 
-if TYPE_CHECKING:  # half a worker's start, for what most do not use
+if TYPE_CHECKING:  # not loaded where it is off
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
