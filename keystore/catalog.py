@@ -298,6 +298,9 @@ class ImportRow:
     spent: bool = False  # not under the MAC, as `attempts` in the table: a spent row holds no key any more
 
 
+_LOCKED: Final = frozenset({"55P03", "40P01"})  # PostgreSQL: lock_not_available, deadlock_detected
+
+
 @dataclass(frozen=True, slots=True)
 class Uses:
     """Up to `count` more uses of a key's version, of `limit` in all."""
@@ -306,9 +309,6 @@ class Uses:
     number: int
     count: int
     limit: int | None = None
-
-
-_LOCKED: Final = frozenset({"55P03", "40P01"})  # PostgreSQL: lock_not_available, deadlock_detected
 
 
 def _leased(c: Connection, wanted: Uses) -> int | None:
@@ -738,9 +738,8 @@ class Catalog:
         with self._engine.begin() as c:
             if c.dialect.name == "postgresql":  # somebody's open transaction must not stop the counting of all keys
                 c.execute(sa.text("SET LOCAL lock_timeout = '1s'"))
-            for one in sorted(
-                wanted, key=lambda w: (w.key_id, w.number)
-            ):  # in one order, or two workers block each other
+            # In one order, or two workers block each other.
+            for one in sorted(wanted, key=lambda w: (w.key_id, w.number)):
                 granted[one] = _leased(c, one)
         return [granted[one] for one in wanted]
 

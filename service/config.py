@@ -449,7 +449,7 @@ def _wrong_url(url: str, schemes: tuple[str, ...]) -> str:
         wanted = " or ".join(f"{scheme}://HOST[:PORT]" for scheme in schemes)
         return f"expected {wanted}{' (http:// to this machine only)' if web else ''}"
     if parts.username is not None or parts.password is not None:
-        return "no secret stands in a configuration: use token_file"
+        return "no secret stands in a configuration: a sink has token_file for it"
     return ""
 
 

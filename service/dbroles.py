@@ -1,7 +1,7 @@
 """Least privilege on PostgreSQL: the owner of the schema migrates, the service's own role does what a node does, no more.
 
 What the service may do to each table stands in `SERVICE`, in the letters of PostgreSQL's access lists. It can neither change nor
-delete a record: pruning is a function of the owner's (`audit_prune`), which lets go what an archived segment covers.
+delete a record by itself: pruning is a function of the owner's (`audit_prune`), which lets go what an archived segment covers.
 """
 
 from __future__ import annotations

@@ -1735,8 +1735,8 @@ class Kms:
         late: list[Exception | None] = [None] * len(entries)
         rows: dict[uuid.UUID, Key] = {}  # as they are now, of keys that changed
         while True:
-            open_ = [place for place, reason in enumerate(late) if reason is None]
-            found = [(place, self._stopped(entries[place], rows)) for place in open_]
+            going = [place for place, reason in enumerate(late) if reason is None]
+            found = [(place, self._stopped(entries[place], rows)) for place in going]
             if all(reason is None for _, reason in found):
                 return late
             for place, reason in found:

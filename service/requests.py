@@ -655,6 +655,13 @@ class Observer:
         """An exception nobody expected: its place goes to the log under the request's id, its text nowhere."""
         log.error("internal error", extra={"facts": {"request_id": ask.request_id, "exception": where(error)}})
 
+    def failed(self, ask: Ask, op: str, code: str, error: BaseException) -> None:
+        """A request, or an item of a batch, failed by our fault: what the caller is not told."""
+        if code == "internal":
+            self.crash(ask, error)
+        elif code == "database_unavailable":
+            self.unasked(op, error)
+
     def unasked(self, what: str, error: BaseException) -> None:
         """The database refused, or did not answer: where, and with which code."""
         refused = getattr(error, "orig", None)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # not loaded where it is off
 
 SEND_S: Final = 5.0  # for one delivery, and at the end of the worker for all that is left
 _traced: ContextVar[Traced | None] = ContextVar("traced", default=None)
-_nothing: Final = contextlib.nullcontext()
+_NOTHING: Final = contextlib.nullcontext()
 
 
 class TracingUnavailable(Exception):
@@ -62,7 +62,7 @@ class Traced:
 def stage(name: str) -> contextlib.AbstractContextManager[None]:
     """The block as a span of the request it runs in, if that one is traced."""
     traced = _traced.get()
-    return _nothing if traced is None else traced.stage(name)
+    return _NOTHING if traced is None else traced.stage(name)
 
 
 class Tracing:

@@ -396,6 +396,22 @@ def _holds(directory: Path, bundle: Policy) -> bool:
         return False
 
 
+def applied_of(config: Config, engine: Engine, fleet: Fleet) -> AppliedRows:
+    """The bundles that a quorum has applied."""
+    mark = config.node.state_dir / "policy-version"
+    return AppliedRows(engine, key=row_keys(fleet), region=config.node.region, mark=mark)
+
+
+def bars_of(config: Config, fleet: Fleet) -> Bars:
+    """What each tier asks of the HSMs, suppliers and backups that this node has."""
+    return Bars(
+        {h.name: h.supplier or None for h in config.hsm},
+        regions=fleet.groups,
+        serving=functools.partial(serving, fleet),
+        backups=stored_away(config),
+    )
+
+
 async def kms_of(
     stack: contextlib.AsyncExitStack,
     config: Config,
@@ -431,12 +447,7 @@ async def kms_of(
         keystore=keystore,
         imports=Imports(keystore, catalog),
         policy_now=bundle,
-        applied=AppliedRows(
-            engine,
-            key=row_keys(fleet),
-            region=config.node.region,
-            mark=config.node.state_dir / "policy-version",
-        ),
+        applied=applied_of(config, engine, fleet),
         load_policy=lambda old: Policy.load(
             config.policy.bundle, after=old, known=kms.policy, signers=signers_of(config)
         ),
@@ -459,12 +470,7 @@ async def kms_of(
             callers=callers(tokens, config.oidc),
             key_facts=lambda key_id: facts_of(found := keystore.by_id(key_id), found.latest_number),
         ),
-        bars=Bars(
-            {h.name: h.supplier or None for h in config.hsm},
-            regions=fleet.groups,
-            serving=functools.partial(serving, fleet),
-            backups=stored_away(config),
-        ),
+        bars=bars_of(config, fleet),
         witness=witness_of(
             config.witness,
             engine,
@@ -486,6 +492,20 @@ def tracing_of(config: Config, stack: contextlib.AsyncExitStack) -> Tracing | No
     return made
 
 
+def observer_of(config: Config, kms: Kms, operations: Operations, figures: Sovereignty, tls: TlsFiles) -> Observer:
+    """What counts and tells of requests, and of what the node is asked about by metrics."""
+    observer = Observer(kms, operations, node=config.node.name, version=version())
+    observer.watch_sovereignty(figures)
+    observer.watch_certificates(tls.ends, lambda: tls.refused)
+    return observer
+
+
+def start_jobs(stack: contextlib.AsyncExitStack, *jobs: Coroutine[Any, Any, None]) -> None:
+    """Run them beside each other until the stack ends."""
+    for job in jobs:
+        stack.callback(asyncio.create_task(job).cancel)
+
+
 @contextlib.asynccontextmanager
 async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int = 1) -> AsyncIterator[Node]:
     """A node that is ready to serve; leaving the block drains it and closes its chain. `clock` gives microseconds.
@@ -494,6 +514,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int =
     """
     async with contextlib.AsyncExitStack() as stack:
         checked(config)
+        tracing = tracing_of(config, stack)
         engine = open_engine(config.database.url)
         stack.push_async_callback(close_engine, engine)
         migrate(engine, lock_dir=config.node.state_dir)
@@ -524,12 +545,10 @@ async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int =
         granting, excepting = await stack.enter_async_context(allowing(config, kms, engine, containment.quorum))
         changes = PolicyChanges(kms, Settings(engine), quorum=containment.quorum, clock=clock)
         drills = Drills(kms, operations, lease, owner=owner, clock=clock)
-        observer = Observer(kms, operations, node=config.node.name, version=version())
         idempotency = Idempotency(engine, clock=clock)
         freezes = FreezeRows(engine, key=row_keys(fleet), region=config.node.region, clock=now)
         figures = Sovereignty(kms, operations, freezes, clock=clock)
-        observer.watch_sovereignty(figures)
-        observer.watch_certificates(tls.ends, lambda: tls.refused)
+        observer = observer_of(config, kms, operations, figures, tls)
         native = Native(
             kms,
             identity,
@@ -547,27 +566,18 @@ async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int =
             limits=Limits(config.limits.body, config.limits.batch_body),
             turns=turns_of(config.limits, observer),
             clock=clock,
-            tracing=tracing_of(config, stack),
+            tracing=tracing,
         )
         graph = GraphWatch(kms, Settings(engine), containment, clock=clock)
         scheduler = Scheduler(kms, lease, owner=owner, clock=clock, nightly=graph.due)
         start_sinks(config, engine, kms, observer, stack)
-        watched = health.watch(), poll(kms, Settings(engine)), containment.run(), tell_refusals(kms)
-        of_audit = [
+        start_jobs(
+            stack,
+            *(scheduler.run(), drills.run(), tls.follow(), observer.follow(), follow(figures)),
+            *(health.watch(), poll(kms, Settings(engine)), containment.run(), tell_refusals(kms)),
             *audit_jobs(config, engine, fleet, kms.log, guard, index_key, owner=owner),
             *watch_witnesses(config, engine, kms.log, observer, owner=owner),
-        ]
-        for job in (
-            scheduler.run(),
-            drills.run(),
-            tls.follow(),
-            observer.follow(),
-            follow(figures),
-            *watched,
-            *of_audit,
-        ):
-            task = asyncio.create_task(job)
-            stack.callback(task.cancel)
+        )
         yield Node(create_app({"": native}), kms, health, scheduler, catalog, tls)
         kms.draining = True
         with contextlib.suppress(audit.log.Unavailable):  # a log that cannot be written keeps no process alive

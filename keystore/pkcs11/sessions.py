@@ -103,9 +103,8 @@ class TokenSessions:
         self._slots = threading.BoundedSemaphore(size)
         self._cache: OrderedDict[bytes, Pinned] = OrderedDict()
         self._tokens: dict[bytes, int] = {}
-        self._looked_again: dict[
-            bytes, float
-        ] = {}  # what was found once: from when on its absence is a fault of the module
+        # Objects that were found once: from when on the absence of each is a fault of the module.
+        self._fault_from: dict[bytes, float] = {}
         self.unwraps = 0  # keys loaded into the token so far: what a module that leaks per unwrap has leaked
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -214,11 +213,11 @@ class TokenSessions:
                     self._tokens[name] = find(self.home)
                 except HsmEmpty as missing:
                     # SoftHSM2 that got no file descriptor for an object's file says so, and never looks at that file again.
-                    if time.monotonic() < self._looked_again.get(name, math.inf):
+                    if time.monotonic() < self._fault_from.get(name, math.inf):
                         raise
-                    self._looked_again[name] = time.monotonic() + LAST_BACKOFF_S
+                    self._fault_from[name] = time.monotonic() + LAST_BACKOFF_S
                     raise CkError(DEVICE_ERROR, "C_FindObjects") from missing
-                self._looked_again.setdefault(name, 0.0)
+                self._fault_from.setdefault(name, 0.0)
             return self._tokens[name]
 
     def logged_in(self) -> bool:

@@ -191,7 +191,7 @@ def _batch(plane: Plane) -> Handler:
                 works.append(Unusable(meaning(error)[1], error))
         call.kms.rates.charge(call.ask.caller.tenant, len(works) - 1)
         batch_id, results = await call.kms.batch(call.ask, plane.op, works)
-        shown, failed = [], 0
+        shown, failed, errors = [], 0, dict[str, Exception]()
         for reference, result in zip(references, results, strict=True):
             entry: dict[str, Any] = {"status": 200, "receipt": result.receipt.header()}
             if reference is not None:
@@ -199,6 +199,7 @@ def _batch(plane: Plane) -> Handler:
             if result.error is None:
                 entry["result"] = plane.show(result.value)
             else:
+                errors.setdefault(meaning(result.error)[1], result.error)
                 told = _item_answer(call.ask, result)
                 failed += isinstance(told, Problem)
                 entry |= {
@@ -206,6 +207,8 @@ def _batch(plane: Plane) -> Handler:
                     "problem" if isinstance(told, Problem) else "result": told.body,
                 }
             shown.append(entry)
+        for code, met in errors.items():  # once each: what ails one item ails many
+            call.app.observer.failed(call.ask, plane.op, code, met)
         return Reply({"batch_id": batch_id, "results": shown}, headers=(("x-batch-failed", str(failed)),))
 
     return handle
@@ -1719,7 +1722,7 @@ class Native:
         ask.client_request_id = client
         if (match := _TRACEPARENT.fullmatch(headers.get("traceparent", ""))) is not None:
             ask.trace = match.group(1)
-        if self.tracing is not None and not route.public:
+        if not route.public:
             self._begin(ask, route, None if match is None else match.group())
         query = _query(scope, route)
         ask.dry_run = query.get("dry_run") == "true"
@@ -1736,7 +1739,8 @@ class Native:
 
     def _begin(self, ask: Ask, route: Route, parent: str | None) -> None:
         """The request's span, if it is sampled."""
-        assert self.tracing is not None
+        if self.tracing is None:
+            return
         ask.traced = self.tracing.begin(
             route.op, method=route.method, route=route.path, parent=parent, arrived=ask.arrived
         )
@@ -1839,10 +1843,7 @@ class Native:
                 error = unavailable
         if isinstance(error, HopRefused):
             self.observer.conflict(ask, error.reason)
-        if code == "internal":
-            self.observer.crash(ask, error)
-        elif code == "database_unavailable":
-            self.observer.unasked(route.op if route is not None else "none", error)
+        self.observer.failed(ask, route.op if route is not None else "none", code, error)
         return problem_of(error, request_id=ask.request_id, decision_id=ask.decision_id, executed=ask.executed)
 
     async def _send(self, send: Send, ask: Ask, answer: Reply | Problem) -> None:

@@ -128,7 +128,7 @@ def test_a_wrong_option_is_named_with_its_line(
     [
         (("https://siem.gov.example/skms", "http://siem.gov.example/skms"), "expected https://"),
         (("https://siem.gov.example/skms", "https://:443/skms"), "expected https://"),
-        (("https://siem.gov.example/skms", "https://user:pass@siem.gov.example/"), "use token_file"),
+        (("https://siem.gov.example/skms", "https://user:pass@siem.gov.example/"), "token_file"),
         (("https://siem.gov.example/skms", "https://siem.gov.example:99999/"), "url: "),
         (('kind = "https-json" ', 'kind = "syslog" '), "expected tls://HOST[:PORT] or tcp://"),
         (('kind = "https-json" ', 'kind = "stdout" '), "stdout"),
