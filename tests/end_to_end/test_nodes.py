@@ -221,6 +221,34 @@ class Load:
             time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def no_descriptors(node: Running) -> Iterator[None]:
+    kept = {worker: worker.rlimit(psutil.RLIMIT_NOFILE) for worker in node.workers()}
+    for worker, (_, hard) in kept.items():
+        worker.rlimit(psutil.RLIMIT_NOFILE, (worker.num_fds(), hard))
+    clients = [node.client("health-operator") for _ in range(20)]
+    for client in clients:
+        with contextlib.suppress(httpx.TransportError):  # a new connection, which nobody can accept
+            client.get("/v1/whoami", timeout=0.1)
+    yield
+    for client in clients:
+        client.close()
+    for worker, limits in kept.items():
+        worker.rlimit(psutil.RLIMIT_NOFILE, limits)
+
+
+@contextlib.contextmanager
+def killed_supervisor(node: Running) -> Iterator[None]:
+    left = node.workers()
+    os.kill(node.pid, signal.SIGKILL)
+    assert node.supervisor is not None
+    node.supervisor.wait(30)
+    _, alive = psutil.wait_procs(left, 30)
+    assert not alive, "workers go on without their supervisor"
+    node.start()  # as a service manager does
+    yield
+
+
 def faults(site: Site, chooser: random.Random) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
     """By name: what breaks while the block lasts, and is mended at its end."""
     first, second = site.nodes
@@ -237,32 +265,6 @@ def faults(site: Site, chooser: random.Random) -> dict[str, Callable[[], context
         yield
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.resume()
-
-    @contextlib.contextmanager
-    def no_descriptors() -> Iterator[None]:
-        kept = {worker: worker.rlimit(psutil.RLIMIT_NOFILE) for worker in first.workers()}
-        for worker, (_, hard) in kept.items():
-            worker.rlimit(psutil.RLIMIT_NOFILE, (worker.num_fds(), hard))
-        clients = [first.client("health-operator") for _ in range(20)]
-        for client in clients:
-            with contextlib.suppress(httpx.TransportError):  # a new connection, which nobody can accept
-                client.get("/v1/whoami", timeout=0.1)
-        yield
-        for client in clients:
-            client.close()
-        for worker, limits in kept.items():
-            worker.rlimit(psutil.RLIMIT_NOFILE, limits)
-
-    @contextlib.contextmanager
-    def killed_supervisor() -> Iterator[None]:
-        left = second.workers()
-        os.kill(second.pid, signal.SIGKILL)
-        assert second.supervisor is not None
-        second.supervisor.wait(30)
-        _, alive = psutil.wait_procs(left, 30)
-        assert not alive, "workers go on without their supervisor"
-        second.start()  # as a service manager does
-        yield
 
     @contextlib.contextmanager
     def killed_database() -> Iterator[None]:
@@ -289,14 +291,14 @@ def faults(site: Site, chooser: random.Random) -> dict[str, Callable[[], context
 
     return {
         "F1 kill -9 of a worker": killed_worker,
-        "F2 kill -9 of a supervisor": killed_supervisor,
+        "F2 kill -9 of a supervisor": lambda: killed_supervisor(second),
         "F3 kill of PostgreSQL (pg_ctl -m immediate)": killed_database,
         "F5 SIGSTOP of a worker": stopped_worker,
         "F10 restart of PostgreSQL": restarted_database,
         "F11 pg_terminate_backend": terminated_sessions,
         "F12, F14, F16 nothing comes through from the database": lambda: first.wire.broken("stalled"),
         "F13, F17 connections to the database reset and refused": lambda: first.wire.broken("cut"),
-        "F26 no descriptor left in the workers of a node": no_descriptors,
+        "F26 no descriptor left in the workers of a node": lambda: no_descriptors(first),
         "F15 each packet to the database 100 ms late": lambda: second.wire.broken("slow"),
     }
 
