@@ -506,6 +506,23 @@ def start_jobs(stack: contextlib.AsyncExitStack, *jobs: Coroutine[Any, Any, None
         stack.callback(asyncio.create_task(job).cancel)
 
 
+async def begin(kms: Kms, bundle: Policy, applied: Applied | None) -> None:
+    """Record that this worker starts, and under which bundle."""
+    await asyncio.to_thread(believe, kms, bundle, applied)
+    await kms.load_tenant_secrets()
+    await kms.note("start")
+    if applied is not None:
+        await kms.tell_active()
+
+
+async def end(kms: Kms) -> None:
+    """Take no new work, and record that this worker stops."""
+    kms.draining = True
+    with contextlib.suppress(audit.log.Unavailable):  # a log that cannot be written keeps no process alive
+        await kms.tell_refusals()
+        await kms.note("stop")
+
+
 @contextlib.asynccontextmanager
 async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int = 1) -> AsyncIterator[Node]:
     """A node that is ready to serve; leaving the block drains it and closes its chain. `clock` gives microseconds.
@@ -529,11 +546,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int =
         await asyncio.to_thread(guard.start)  # before this process writes its first record
         index_key = IndexKey(fleet.groups[config.node.region].row_mac(_INDEX))
         kms = await kms_of(stack, config, engine, bundle, catalog, fleet, index_key, clock=clock, workers=workers)
-        await asyncio.to_thread(believe, kms, bundle, applied)
-        await kms.load_tenant_secrets()
-        await kms.note("start")
-        if applied is not None:
-            await kms.tell_active()
+        await begin(kms, bundle, applied)
         await record_ceremonies(kms, Settings(engine), config.node.state_dir)
         mtls, tls = peers_of(config, kms, clock)
         identity = identity_of(config, kms, mtls, clock)
@@ -579,10 +592,7 @@ async def wire(config: Config, *, clock: Callable[[], int] = now, workers: int =
             *watch_witnesses(config, engine, kms.log, observer, owner=owner),
         )
         yield Node(create_app({"": native}), kms, health, scheduler, catalog, tls)
-        kms.draining = True
-        with contextlib.suppress(audit.log.Unavailable):  # a log that cannot be written keeps no process alive
-            await kms.tell_refusals()
-            await kms.note("stop")
+        await end(kms)
 
 
 def rates_of(section: LimitsSection, workers: int) -> RateLimits:
